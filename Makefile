@@ -1,0 +1,64 @@
+# `make` is the tour and `make help` lists the rest.
+PYTHON ?= python3
+python := .venv/bin/python
+installed := .venv/.installed
+developed := .venv/.developed
+
+.PHONY: tour full vae gan nf report test bench clean help
+.DEFAULT_GOAL := tour
+
+tour: $(installed)  ## train all three briefly, into results/tour (the default)
+	$(python) a3_vae_template.py --epochs 10 --iw_samples 100 --results_dir results/tour/vae
+	$(python) a3_nf_template.py --epochs 2 --results_dir results/tour/nf
+	$(python) a3_gan_template.py --n_epochs 5 --results_dir results/tour/gan
+	@echo
+	@echo "The tour is over. Look at its pictures:"
+	@ls results/tour/*/samples_after.png results/tour/*/elbo.png results/tour/*/bpd.png \
+	  results/tour/*/training.png results/tour/*/interpolation.png | sed 's/^/  /'
+	@echo "and at those of the full runs in results/*/. To go on:"
+	@echo "  make full    trains all at full length and builds the report"
+	@echo "  make help    lists everything else"
+
+full: vae gan nf report  ## train everything at full length, into results/, and build the report
+
+vae: $(installed)  ## the VAE's three full runs
+	$(python) a3_vae_template.py
+	$(python) a3_vae_template.py --binarization dynamic
+	$(python) a3_vae_template.py --zdim 2
+
+gan: $(installed)  ## the GAN's full run
+	$(python) a3_gan_template.py
+
+nf: $(installed)  ## the flow's full run
+	$(python) a3_nf_template.py
+
+report:  ## report/report.pdf from the figures and numbers in results/ (needs LaTeX)
+	$(MAKE) -C report
+
+test: $(developed)  ## lint and tests
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m pytest -q
+
+bench: $(developed)  ## how far each training step is from what the machine can do
+	$(python) tests/benchmark.py
+
+clean:  ## remove the environment, the tour and what tests and builds leave behind
+	rm -rf .venv results/tour results/fast_dev_run results/bench .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	$(MAKE) -C report clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1 | /p' Makefile | column -t -s '|'
+
+.venv/bin/pip:
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "error: $(PYTHON) -m venv does not work; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+$(installed): requirements.txt | .venv/bin/pip
+	.venv/bin/pip install --quiet -r requirements.txt
+	@touch $@
+
+$(developed): tests/requirements-dev.txt $(installed)
+	.venv/bin/pip install --quiet -r tests/requirements-dev.txt
+	@touch $@

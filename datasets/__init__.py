@@ -1,0 +1,1 @@
+"""MNIST in grey values (`datasets.mnist`) and in binary ones (`datasets.bmnist`)."""

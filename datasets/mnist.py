@@ -1,0 +1,206 @@
+"""MNIST (LeCun, Cortes and Burges, 1998), read from the `mnist.npz` beside this file.
+
+`python -m datasets.mnist` makes that file anew from torchvision's download.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import sys
+import tempfile
+import textwrap
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FILE = Path(__file__).resolve().with_name("mnist.npz")
+SHA256 = {  # of the bytes of each array
+    "train_images": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+    "train_labels": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+    "test_images": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+    "test_labels": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
+}
+MAX_SHIFT = 0.05 * 28
+
+
+class DataError(Exception):
+    """A one-line message about something that the user can put right."""
+
+
+class Loader:
+    """Batches of one split, on the device that holds it; every iteration is an epoch.
+
+    Args:
+        images: uint8 `[N, 784]`, not to be written to.
+        labels: int64 `[N]`, or None if there are none.
+        shuffle: draw a new order for each epoch from the attribute `generator`, whose state
+            between two epochs is all it takes to go on with the same epochs later.
+        drop_last: leave out the last batch if it is smaller than `batch_size`.
+
+    Yields `(images, labels)`: float32 `[batch, 784]` of pixels in 0..255, and int64 `[batch]`.
+    Raises DataError if `batch_size` is below 1, or leaves no batch but the one that is dropped.
+    """
+
+    def __init__(self, images, labels, batch_size, shuffle=False, drop_last=False, seed=0):
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.generator = torch.Generator(images.device).manual_seed(seed)
+        if batch_size < 1 or len(self) == 0:
+            raise DataError(f"batch size {batch_size} makes no batch of {len(images)} images")
+
+    def __len__(self):
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self):
+        return map(self.batch, self.rows())
+
+    def limit(self, n_batches):
+        """Keep only the first `n_batches` batches of images."""
+        n = n_batches * self.batch_size
+        self.images = self.images[:n]
+        self.labels = None if self.labels is None else self.labels[:n]
+
+    def rows(self):
+        """Return the rows of each batch of a new epoch: index tensors if shuffled, else slices."""
+        n, size, device = len(self.images), self.batch_size, self.images.device
+        if self.shuffle:
+            order = torch.randperm(n, generator=self.generator, device=device)
+            return order[: len(self) * size].split(size)
+        return [slice(i * size, (i + 1) * size) for i in range(len(self))]
+
+    def batch(self, rows):
+        """Return what the loader yields for these rows."""
+        return take(self.images, rows).float(), take(self.labels, rows)
+
+
+class ShiftedLoader(Loader):
+    """A Loader that moves each image by up to 5% of 28 pixels, anew in every epoch.
+
+    The shift is round(U(-1.4, 1.4)) pixels along either axis, as torchvision's
+    RandomAffine(0, translate=(0.05, 0.05)) draws it, and the edge pixels are repeated.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        edge = torch.arange(-1, 29, device=self.images.device).clamp(0, 27)
+        square = self.images.view(-1, 28, 28)
+        padded = square.index_select(2, edge).index_select(1, edge).flatten()
+        # A view, not a copy: windows[c] is the 28x28 window with its top left corner at padded[c].
+        self.windows = padded.as_strided((len(padded) - 27 * 31, 28, 28), (1, 30, 1))
+
+    def __iter__(self):
+        n, device = len(self.images), self.images.device
+        shifts = torch.empty(2, n, device=device)
+        shifts.uniform_(-MAX_SHIFT, MAX_SHIFT, generator=self.generator)
+        down, right = shifts.round().long()
+        corners = torch.arange(n, device=device) * 900 + (1 - down) * 30 + (1 - right)
+        for rows in self.rows():
+            images = self.windows.index_select(0, take(corners, rows))
+            yield images.flatten(1).float(), take(self.labels, rows)
+
+
+def take(tensor, rows):
+    """Return `tensor[rows]`, with index_select for speed where the rows are not a slice."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def mnist(
+    root="./data/", batch_size=128, download=True, *,
+    n_train=40_000, shift=True, drop_last=False, device="cpu", seed=0,
+):  # fmt: skip
+    """Return the training, validation and test Loader of MNIST in grey values 0..255.
+
+    Args:
+        root: a folder whose `mnist.npz`, if it has one, is read in place of the repository's.
+        download: without effect, because the data come with the repository.
+        n_train: train on the first `n_train` images and validate on the 10,000 after them.
+        shift: shift the training images at random (ShiftedLoader).
+        drop_last: leave out the last training batch if it is not full.
+        seed: of the order and the shifts of the training images.
+
+    Raises DataError for a damaged `mnist.npz` and for an impossible `n_train` or `batch_size`.
+    """
+    if not 1 <= n_train <= 50_000:
+        raise DataError(f"the number of training images must be in 1..50000, not {n_train}")
+    images, labels = (tensor.to(device) for tensor in load(root))
+    train, val, test = slice(n_train), slice(n_train, n_train + 10_000), slice(60_000, 70_000)
+    train_loader = (ShiftedLoader if shift else Loader)(
+        images[train], labels[train], batch_size, shuffle=True, drop_last=drop_last, seed=seed
+    )
+    val_loader = Loader(images[val], labels[val], batch_size)
+    test_loader = Loader(images[test], labels[test], batch_size)
+    return train_loader, val_loader, test_loader
+
+
+def load(root="./data/"):
+    """Return the images of the training and then the test file, uint8 `[70000, 784]`, and labels.
+
+    The labels are int64 `[70000]`. Raises DataError if the file is missing or damaged.
+    """
+    path = Path(root, FILE.name)
+    return _read(path.resolve() if path.is_file() else FILE)
+
+
+@functools.cache
+def _read(path):
+    try:
+        with np.load(path) as archive:
+            arrays = {name: archive[name] for name in SHA256}
+        verify(arrays)
+    except Exception as error:  # a damaged archive fails in a dozen ways, with one remedy
+        remedy = f"remove it, and {FILE} will be read"
+        if path == FILE:
+            remedy = "run `git checkout -- datasets/mnist.npz` or `python -m datasets.mnist`"
+        raise DataError(f"{path}: {textwrap.shorten(str(error), 200)}; {remedy}") from error
+    images = np.concatenate([arrays["train_images"], arrays["test_images"]]).reshape(-1, 784)
+    labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def verify(arrays):
+    """Raise DataError unless these are MNIST's arrays in type, shape and SHA-256."""
+    for name, sha256 in SHA256.items():
+        array, n = arrays[name], 60_000 if name.startswith("train") else 10_000
+        shape = (n, 28, 28) if name.endswith("images") else (n,)
+        if array.dtype != np.uint8 or array.shape != shape:
+            raise DataError(f"{name} is {array.dtype} {array.shape}, not uint8 {shape}")
+        if hashlib.sha256(array.tobytes()).hexdigest() != sha256:
+            raise DataError(f"{name} has the wrong SHA-256")
+
+
+def fetch():
+    """Return MNIST's arrays, downloaded by torchvision without a word on the screen."""
+    from torchvision.datasets import MNIST  # nothing else here needs torchvision
+
+    arrays = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        for name in ("train", "test"):
+            split = MNIST(folder, train=name == "train", download=True)
+            arrays[f"{name}_images"] = split.data.numpy()
+            arrays[f"{name}_labels"] = split.targets.numpy().astype(np.uint8)
+    return arrays
+
+
+def main():
+    """Put a fresh download with the right SHA-256 sums in the place of `mnist.npz`."""
+    partial = FILE.with_name(f".{FILE.name}.{os.getpid()}")
+    try:
+        arrays = fetch()
+        verify(arrays)
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(partial, FILE)
+    except (DataError, HTTPException, ImportError, OSError, RuntimeError) as error:
+        print(f"error: {FILE} is unchanged: {textwrap.shorten(str(error), 300)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
