@@ -11,6 +11,7 @@ and look into results/gan. `--help` lists the options.
 import argparse
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ import matplotlib.pyplot as plt
 
 N_PIXELS = 28 * 28
 N_NEIGHBOURS = 10
-AVERAGED_SHARE = 0.02  # of the training, by which the average of the weights looks back
+AVERAGED_SHARE = 0.1  # of the training, by which the average of the weights looks back
 
 
 # ---------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def parzen_estimate(centres, val_images, test_images):
 
     The bandwidth is the one that is best for the validation images.
     """
-    sigmas = [0.01 * i for i in range(10, 41)]
+    sigmas = np.geomspace(0.1, 0.4, 21).tolist()
     best = parzen_log_likelihoods(val_images, centres, sigmas).mean(dim=1).argmax().item()
     log_px = parzen_log_likelihoods(test_images, centres, [sigmas[best]])[0].double()
     return log_px.mean().item(), (log_px.std() / len(log_px) ** 0.5).item(), sigmas[best]
@@ -279,7 +280,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 # >>> shared block: the same characters in all three scripts >>>
 REPOSITORY = Path(__file__).resolve().parent
 # What a resumed run may change, since it does not shape the training.
-FREE_OPTIONS = ("resume", "results_dir", "data_dir", "iw_samples")
+FREE_OPTIONS = {"resume", "results_dir", "data_dir", "iw_samples", "eval_samples", "save_interval"}
 
 
 def fail(message, status=2):
@@ -336,12 +337,6 @@ def set_up(args):
     return torch.device(args.device)
 
 
-def shorten(args, *loaders):
-    """Leaves two batches in each loader of a `--fast_dev_run`."""
-    for loader in loaders if args.fast_dev_run else ():
-        loader.limit(2)
-
-
 def fast_precision(device):
     """Returns "bfloat16" if its matrix products take less than 2/3 of float32's time here."""
     if device != "cpu":
@@ -389,14 +384,17 @@ def epoch_mean(losses, sizes):
 class Run:
     """A training run: its results folder and all that it takes to go on after a break.
 
-    `parts` are the objects with a `state_dict` that training changes, `train` the loader whose
-    generator shuffles. `history` gets a row an epoch, `kept` holds what is needed at the end.
-    As a context it turns Ctrl-C and a non-finite loss into one line and an exit status.
+    `parts` are the objects with a `state_dict` that training changes; the first of the `loaders`
+    is the one that shuffles. `history` gets a row an epoch, `kept` holds what is needed at the
+    end. As a context it turns Ctrl-C and a non-finite loss into one line and an exit status.
     """
 
-    def __init__(self, args, name, n_epochs, train, **parts):
-        self.name, self.train, self.parts = name, train, parts
-        self.n_epochs = 1 if args.fast_dev_run else n_epochs
+    def __init__(self, args, name, n_epochs, loaders, **parts):
+        self.name, self.train, self.parts, self.n_epochs = name, loaders[0], parts, n_epochs
+        if args.fast_dev_run:
+            self.n_epochs = 1
+            for loader in loaders:
+                loader.limit(2)
         parent = REPOSITORY / "results" / ("fast_dev_run" if args.fast_dev_run else "")
         self.folder = Path(args.results_dir or parent / name)
         self.options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
@@ -420,26 +418,26 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             options, rng = state["options"], state["rng"]
+            if self.options["precision"] == "auto":
+                self.options["precision"] = options["precision"]
+            for option, value in self.options.items():
+                if options[option] != value:
+                    fail(f"--{option} is {value}, but {options[option]} in {path}")
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            torch.set_rng_state(rng["cpu"])
+            self.rng.set_rng_state(rng["device"])
+            self.train.generator.set_state(rng["train"])
+            self.history, self.kept = state["history"], state["kept"]
         except Exception:  # a damaged file makes the unpickler raise almost anything
-            fail(f"{path} is damaged; leave --resume out to start afresh")
-        if self.options["precision"] == "auto":
-            self.options["precision"] = options["precision"]
-        for option, value in self.options.items():
-            if options.get(option) != value:
-                fail(f"--{option} is {value}, but {options.get(option)} in {path}")
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        torch.set_rng_state(rng["cpu"])
-        self.rng.set_rng_state(rng["device"])
-        self.train.generator.set_state(rng["train"])
-        self.history, self.kept = state["history"], state["kept"]
+            fail(f"{path} is damaged or of another version; leave --resume out to start afresh")
         self.epoch = len(self.history)
 
-    def save(self):
+    def save(self, history):
         """Writes the checkpoint and metrics.csv, each whole or not at all."""
         state = {
             "options": self.options,
-            "history": self.history,
+            "history": history,
             "kept": self.kept,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "rng": {
@@ -451,9 +449,10 @@ class Run:
         with replacing(self.folder / "checkpoint.pt") as path:
             torch.save(state, path)
         with replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
-            table = csv.DictWriter(file, self.history[0])
+            table = csv.DictWriter(file, history[0])
             table.writeheader()
-            table.writerows(self.history)
+            table.writerows(history)
+        self.history = history
 
     def autocast(self):
         """Returns the context in which matrix products run in the run's precision."""
@@ -478,8 +477,8 @@ class Run:
     def finish_epoch(self, **metrics):
         """Records an epoch's metrics, saves the checkpoint and prints a line."""
         seconds = time.perf_counter() - self.started
-        self.history.append({"epoch": self.epoch, **metrics, "seconds": round(seconds, 3)})
-        self.save()
+        row = {"epoch": self.epoch, **metrics, "seconds": round(seconds, 3)}
+        self.save([*self.history, row])
         if self.epoch == 1:  # from here on the folder is the new run's
             for stale in ("summary.json", "numbers.tex"):
                 (self.folder / stale).unlink(missing_ok=True)
@@ -490,7 +489,8 @@ class Run:
 
     def finish(self, model, final, numbers):
         """Writes summary.json with `final`, and numbers.tex with `numbers` as LaTeX macros."""
-        device = f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"CPU, {threads} thread{'s' * (threads > 1)}"
         if self.options["device"] == "cuda":
             device = torch.cuda.get_device_name()
         seconds = [row["seconds"] for row in self.history]
@@ -500,10 +500,11 @@ class Run:
             "device": device,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
         summary = {
             "options": self.options,
             **facts,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": versions | {"torch": torch.__version__},
             "wall_time": round(sum(seconds), 1),
             "final": final,
         }
@@ -533,21 +534,21 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if kind is KeyboardInterrupt:
             n = len(self.history)
-            saved = f"epoch {n} is saved, --resume goes on from there" if n else "nothing to resume"
-            print(f"interrupted: {saved}", file=sys.stderr)
+            saved = f"epoch {n} is saved, and --resume goes on from there"
+            print("interrupted:", saved if n else "the first epoch was not over", file=sys.stderr)
             raise SystemExit(130)
         if kind is FloatingPointError:
             fail(f"epoch {self.epoch}: {error}; the last good checkpoint is kept", status=1)
 
 
 def guard(main):
-    """Runs a script, with one-line ends for data errors and Ctrl-C outside of the training."""
+    """Runs a script; a data error ends in one line, Ctrl-C before the training in silence."""
     try:
         main()
     except DataError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted", status=130)
+        raise SystemExit(130) from None
 
 
 # <<< shared block <<<
@@ -565,6 +566,11 @@ def parse_options():
     add("--save_interval", type=number(int), default=500, help="iterations between sample grids")
     add("--eval_samples", type=number(int), default=10_000, help="samples that are judged")
     return parser.parse_args()
+
+
+def decay(step, n_steps):
+    """Returns the factor of the learning rates: 1, then from half-way on a line down to 0."""
+    return min(1, 2 * (1 - step / n_steps))
 
 
 def judge(generator, train_set, val_set, test_set, n_samples):
@@ -624,21 +630,24 @@ def main():
     # The last 10,000 images choose the bandwidth of the Parzen windows, so none is trained on.
     loaders = mnist(ARGS.data_dir, ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                     device=device, seed=ARGS.seed)  # fmt: skip
-    shorten(ARGS, *loaders)
     generator = Generator(ARGS.latent_dim).to(device)
     discriminator = Discriminator().to(device)
     adam = {"lr": ARGS.lr, "betas": (0.5, 0.999), "fused": True}
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)
+    n_steps = ARGS.n_epochs * len(loaders[0])
+    factor = functools.partial(decay, n_steps=n_steps)
+    schedule_G = torch.optim.lr_scheduler.LambdaLR(optimizer_G, factor)
+    schedule_D = torch.optim.lr_scheduler.LambdaLR(optimizer_D, factor)
     # Two adversaries circle around the solution more than they approach it; the average of the
     # last part of the way lies closer. Samples come from it, and training never sees it.
-    window = AVERAGED_SHARE * ARGS.n_epochs * len(loaders[0])
-    ema = get_ema_multi_avg_fn(1 - 1 / (1 + window))
+    ema = get_ema_multi_avg_fn(1 - 1 / (1 + AVERAGED_SHARE * n_steps))
     average = AveragedModel(generator, multi_avg_fn=ema, use_buffers=True).eval()
     z = torch.randn(25, ARGS.latent_dim, generator=torch.Generator().manual_seed(ARGS.seed))
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
-             "optimizer_G": optimizer_G, "optimizer_D": optimizer_D}  # fmt: skip
-    with Run(ARGS, "gan", ARGS.n_epochs, loaders[0], **parts) as run:
+             "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
+             "schedule_G": schedule_G, "schedule_D": schedule_D}  # fmt: skip
+    with Run(ARGS, "gan", ARGS.n_epochs, loaders, **parts) as run:
 
         @torch.no_grad()
         def grid():
@@ -654,6 +663,8 @@ def main():
         progress = run.folder / "progress"
         progress.mkdir(exist_ok=True)
         steps = itertools.count(1 + len(run.history) * len(loaders[0]))
+        optimizer_D.register_step_post_hook(lambda *_: schedule_D.step())
+        optimizer_G.register_step_post_hook(lambda *_: schedule_G.step())
         optimizer_G.register_step_post_hook(after_step)
         run.keep_samples(grid)
         for _ in run.epochs():
