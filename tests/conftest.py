@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -158,10 +159,15 @@ class Script:
         return start(__file__, self.name, nap, *options)
 
 
+def hear_ctrl_c():
+    """Undo what a shell does to a background job, and so to the tests in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(file, *arguments, cwd=None):
-    command = [sys.executable, file, *arguments]
+    command = [str(word) for word in (sys.executable, file, *arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(word) for word in command], text=True, cwd=cwd, **pipes)
+    return subprocess.Popen(command, text=True, cwd=cwd, preexec_fn=hear_ctrl_c, **pipes)
 
 
 def end_of(process):

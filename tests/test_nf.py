@@ -212,18 +212,22 @@ def test_coupling_has_the_weights_of_the_pixels_that_count_alone():
 
 
 def test_log_determinant_stays_float32_under_bfloat16():
-    coupling = randomize(nf.Coupling(N_PIXELS, MASKS["checkerboard"], n_hidden=24), scale=2)
-    z = torch.randn(50, N_PIXELS)
+    """Exactly, with a network whose output is exact in bfloat16."""
+    coupling = nf.Coupling(N_PIXELS, MASKS["checkerboard"], n_hidden=24)
+    randomize(coupling)
+    with torch.no_grad():
+        coupling.nn[-1].weight.zero_()
+        coupling.nn[-1].bias.copy_(coupling.nn[-1].bias.bfloat16())
     products = []
-    coupling.nn[0].register_forward_hook(lambda *call: products.append(call[-1].dtype))
+    coupling.nn[-1].register_forward_hook(lambda *call: products.append(call[-1].dtype))
+    z, ldj = torch.randn(50, N_PIXELS), torch.full((50,), 100.0)
+    exact = coupling(z, ldj)
     with torch.autocast("cpu", torch.bfloat16):
-        moved, ldj = coupling(z, torch.full((50,), 1e4))
-    assert products == [torch.bfloat16]  # so the products did run in it
-    assert moved.dtype == ldj.dtype == torch.float32
-    # Every bfloat16 near 1e4 is a multiple of 64.
-    _, exact = coupling(z, torch.full((50,), 1e4))
-    assert (ldj - exact).abs().max() < 1
-    assert not torch.equal(ldj, ldj.bfloat16().float())
+        result = coupling(z, ldj)
+    assert products == [torch.float32, torch.bfloat16]  # so the products did run in it
+    for tensor, expected in zip(result, exact, strict=True):
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------
@@ -425,6 +429,25 @@ def test_training_changes_weights_and_evaluation_does_not(model_of, images):
     assert all(map(torch.equal, before, model.parameters()))
     nf.epoch_iter(model.train(), data, optimizer)
     assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_a_step_follows_the_gradient_of_its_own_batch_alone():
+    """Each of two batches asks for one of two weights to move."""
+
+    class TwoWeights(Constant):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, input):
+            return -784 * math.log(2) * (self.weight * input[:, :2]).sum(dim=1)
+
+    model = TwoWeights()
+    batches = batches_of(torch.eye(784)[:2], 1)
+    nf.epoch_iter(model.train(), batches, torch.optim.SGD(model.parameters(), lr=1))
+    first, second = model.weight.tolist()
+    assert first == pytest.approx(second)
+    assert first < 0
 
 
 def test_run_epoch_trains_then_validates_what_it_has_trained(model_of, images):

@@ -573,7 +573,7 @@ def test_ctrl_c_while_an_epoch_is_saved_loses_at_most_that_epoch(script, file, f
     assert end.status == 130
     n_saved = len(Results(tmp_path).checkpoint["history"])
     assert n_saved >= 2
-    assert f"epoch {n_saved} " in end.err
+    assert 2 <= int(re.search(r"epoch (\d) .*--resume", end.err)[1]) <= n_saved
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert script.main(*script.options(tmp_path), "--resume").status == 0
     assert_same_results(Results(tmp_path), finished(script))
