@@ -142,11 +142,12 @@ def squared_distances(a, b):
 def nearest_neighbours(images, train_images, train_labels, k=N_NEIGHBOURS):
     """Finds each image's k nearest training images by Euclidean distance in pixel space.
 
-    Returns the distance to the nearest one `[n]` and the labels of all `[n, k]`.
+    Returns the distance to the nearest one `[n]` and the labels of all `[n, k]`; k is at most the
+    number of training images.
     """
     distances, labels = [], []
     for block in squared_distances(images, train_images):
-        nearest, index = block.topk(k, dim=1, largest=False)
+        nearest, index = block.topk(min(k, len(train_images)), dim=1, largest=False)
         distances.append(nearest[:, 0].sqrt())
         labels.append(train_labels[index])
     return torch.cat(distances), torch.cat(labels)
@@ -297,7 +298,7 @@ def number(kind, above=0):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not above < value < 2**63:  # nan fails too
+        if not above < value < (2**63 if kind is int else math.inf):  # nan fails too
             wanted = f"a whole number from {above + 1}" if kind is int else "a number above 0"
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
         return value
@@ -446,12 +447,13 @@ class Run:
                 "train": self.train.generator.get_state(),
             },
         }
-        with replacing(self.folder / "checkpoint.pt") as path:
-            torch.save(state, path)
+        # The checkpoint last: a resumed run writes whatever comes after it anew.
         with replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
             table = csv.DictWriter(file, history[0])
             table.writeheader()
             table.writerows(history)
+        with replacing(self.folder / "checkpoint.pt") as path:
+            torch.save(state, path)
         self.history = history
 
     def autocast(self):
@@ -564,7 +566,7 @@ def parse_options():
     add("--n_epochs", type=number(int), default=200, help="passes over the images")
     add("--latent_dim", type=number(int), default=100, help="dimensions of the latent")
     add("--save_interval", type=number(int), default=500, help="iterations between sample grids")
-    add("--eval_samples", type=number(int), default=10_000, help="samples that are judged")
+    add("--eval_samples", type=number(int, 1), default=10_000, help="samples that are judged")
     return parser.parse_args()
 
 

@@ -303,7 +303,7 @@ def number(kind, above=0):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not above < value < 2**63:  # nan fails too
+        if not above < value < (2**63 if kind is int else math.inf):  # nan fails too
             wanted = f"a whole number from {above + 1}" if kind is int else "a number above 0"
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
         return value
@@ -452,12 +452,13 @@ class Run:
                 "train": self.train.generator.get_state(),
             },
         }
-        with replacing(self.folder / "checkpoint.pt") as path:
-            torch.save(state, path)
+        # The checkpoint last: a resumed run writes whatever comes after it anew.
         with replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
             table = csv.DictWriter(file, history[0])
             table.writeheader()
             table.writerows(history)
+        with replacing(self.folder / "checkpoint.pt") as path:
+            torch.save(state, path)
         self.history = history
 
     def autocast(self):

@@ -240,9 +240,11 @@ def save_latent_space(model, data, filename):
     """Saves the posterior means of a loader's images in the 2-d latent plane, coloured by digit."""
     mean = model.encoder(data.images.float())[0].cpu()
     figure, axes = plt.subplots(figsize=(5, 4.2))
-    colours = None if data.labels is None else data.labels.cpu()
-    points = axes.scatter(*mean.T, c=colours, s=2, cmap="tab10", vmin=-0.5, vmax=9.5, lw=0)
-    if colours is not None:
+    colours = {}
+    if data.labels is not None:  # Larochelle's files have none
+        colours = {"c": data.labels.cpu(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+    points = axes.scatter(*mean.T, s=2, lw=0, **colours)
+    if colours:
         figure.colorbar(points, ticks=range(10), label="digit")
     axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
     save_figure(figure, filename)
@@ -301,7 +303,7 @@ def number(kind, above=0):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not above < value < 2**63:  # nan fails too
+        if not above < value < (2**63 if kind is int else math.inf):  # nan fails too
             wanted = f"a whole number from {above + 1}" if kind is int else "a number above 0"
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
         return value
@@ -450,12 +452,13 @@ class Run:
                 "train": self.train.generator.get_state(),
             },
         }
-        with replacing(self.folder / "checkpoint.pt") as path:
-            torch.save(state, path)
+        # The checkpoint last: a resumed run writes whatever comes after it anew.
         with replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
             table = csv.DictWriter(file, history[0])
             table.writeheader()
             table.writerows(history)
+        with replacing(self.folder / "checkpoint.pt") as path:
+            torch.save(state, path)
         self.history = history
 
     def autocast(self):

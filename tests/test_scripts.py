@@ -235,7 +235,7 @@ BAD_OPTIONS = [
         (VAE, "--binarization nonsense", "larochelle"),
         (GAN, "--latent_dim 0", WHOLE),
         (GAN, "--save_interval 0", WHOLE),
-        (GAN, "--eval_samples 0", WHOLE),
+        (GAN, "--eval_samples 1", "whole number from 2"),
         (GAN, "--batch_size 1", "at least 2"),
     ],
     ids=str,
