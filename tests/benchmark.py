@@ -34,9 +34,9 @@ def vae(device):
     """Returns the script's train function for n steps, its loader and networks, and its epochs."""
     import a3_vae_template as script
 
-    train, _, _ = script.bmnist(device=device)
+    train, _, _ = script.bmnist(batch_size=64, device=device)
     model = script.VAE().to(device)
-    optimizer = script.make_optimizer(model, lr=1e-3)
+    optimizer = script.make_optimizer(model, lr=3e-3)
     model.train()
     return (
         lambda n: script.epoch_iter(model, itertools.islice(train, n), optimizer),

@@ -54,7 +54,7 @@ ALLOWED = {
     "fixed parts of our method that no script reports": [
         "dropout of 0.3",
         r"$\beta_1=0.5$",
-        "norm clipped at 5",
+        "norm clipped at 0.01",
         "float32",
         "float64",
     ],
