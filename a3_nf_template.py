@@ -218,7 +218,7 @@ def save_bpd_plot(train_curve, val_curve, filename):
     axes.plot(epochs, val_curve, label="validation", marker=marker)
     axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
     # The first epoch would squeeze the rest of the curves into a line at the bottom.
-    axes.set_ylim(top=max(*val_curve, *train_curve[1:], TARGET) + 0.02)
+    axes.set_ylim(top=max(val_curve[0], TARGET) + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
     axes.legend(frameon=False)
     save_figure(figure, filename)
@@ -576,6 +576,15 @@ def warm_up_and_decay(step, n_steps):
     return min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
 
 
+def make_optimizer(model, lr):
+    """Returns Adam with strong weight decay.
+
+    Without it weights that few images use drift, until an image comes that they amplify from
+    layer to layer: one in 40,000 then costs more bits than all others together.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1.0, fused=True)
+
+
 def draw(model, n_samples=25):
     """Samples images from the same latents whenever it is called."""
     with torch.random.fork_rng():
@@ -615,7 +624,7 @@ def main():
     device = set_up(ARGS)
     train, val, test = mnist(ARGS.data_dir, ARGS.batch_size, device=device, seed=ARGS.seed)
     model = Model(shape=[N_PIXELS]).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=ARGS.lr, fused=True)
+    optimizer = make_optimizer(model, ARGS.lr)
     n_steps = ARGS.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, functools.partial(warm_up_and_decay, n_steps=n_steps)

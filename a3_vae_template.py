@@ -577,14 +577,15 @@ def parse_options():
 
 
 def make_optimizer(model, lr):
-    """Returns Adam, with weight decay for the encoder alone.
+    """Returns Adam, with weight decay for the weights that read the pixels.
 
-    It is the encoder that overfits: it learns to place the training images, while the decoder
-    has to explain every place between them too.
+    It is the encoder that overfits: it can tell the training images apart by single pixels, while
+    the decoder has to explain every code between theirs too.
     """
-    encoder = {"params": model.encoder.parameters(), "weight_decay": 0.1}
-    decoder = {"params": model.decoder.parameters(), "weight_decay": 0.0}
-    return torch.optim.AdamW([encoder, decoder], lr=lr, fused=True)
+    reading = model.encoder.hidden.weight
+    others = [parameter for parameter in model.parameters() if parameter is not reading]
+    groups = [{"params": [reading], "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def draw(model, n_samples=25):

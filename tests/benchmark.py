@@ -50,7 +50,7 @@ def nf(device):
 
     train, _, _ = script.mnist(device=device)
     model = script.Model([784]).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = script.make_optimizer(model, lr=1e-3)
     model.train()
     return (
         lambda n: script.epoch_iter(model, itertools.islice(train, n), optimizer),
