@@ -232,7 +232,7 @@ def save_images(images, filename, nrow, title=None):
     grid = make_grid(images.view(-1, 1, 28, 28).cpu(), nrow=nrow, padding=1, pad_value=0.5)[0]
     figure, axes = plt.subplots(figsize=(0.6 * nrow, 0.6 * math.ceil(len(images) / nrow)))
     axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=9)
     axes.axis("off")
     save_figure(figure, filename)
 
@@ -616,10 +616,16 @@ def evaluate(run, generator, loaders):
     seconds = min(timeit.repeat(lambda: draw(generator, 1000)[1].cpu(), number=1))
     shares, last = final["digit_shares"], run.history[-1]
     final |= {name: last[name] for name in ("value", "loss_d", "loss_g", "d_real", "d_fake")}
-    numbers = {k: f"{v:.3g}" for k, v in final.items() if k != "digit_shares"} | {
-        "share_min": f"{100 * min(shares):.1f}", "share_max": f"{100 * max(shares):.1f}",
-        "digit_from": digit_from, "digit_to": digit_to, "sample_ms": f"{1000 * seconds:.1f}",
-    }  # fmt: skip
+    decimals = {"digits_present": 0, "parzen": 1, "parzen_stderr": 1, "parzen_train": 1,
+                "parzen_train_stderr": 1, "nearest_sample": 2, "nearest_test": 2}  # fmt: skip
+    scalars = {name: value for name, value in final.items() if name != "digit_shares"}
+    numbers = {name: f"{value:.{decimals.get(name, 3)}f}" for name, value in scalars.items()} | {
+        "share_min": f"{100 * min(shares):.1f}",
+        "share_max": f"{100 * max(shares):.1f}",
+        "digit_from": digit_from,
+        "digit_to": digit_to,
+        "sample_ms": f"{1000 * seconds:.1f}",
+    }
     print(f"Parzen {final['parzen']:.1f} +- {final['parzen_stderr']:.1f} nats")
     run.finish(generator, final, numbers)
 

@@ -191,13 +191,13 @@ def show_grid(axes, images, title, nrow=5):
     """Draws images `[n, 1, 28, 28]` with values in [0, 1] as one grid, black on white."""
     grid = make_grid(images.cpu(), nrow=nrow, padding=1, pad_value=0.5)[0]
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=8)
     axes.axis("off")
 
 
 def save_image_pair(left, right, filename, nrow=5):
     """Saves two grids side by side; each is (title, images `[n, 1, 28, 28]`)."""
-    figure, axes = plt.subplots(1, 2, figsize=(6, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(3.6, 1.9), layout="constrained")
     for ax, (title, images) in zip(axes, (left, right), strict=True):
         show_grid(ax, images, title, nrow)
     save_figure(figure, filename)

@@ -35,7 +35,7 @@ ALLOWED = {
     "the size of an MNIST image and of its grey scale": [
         "784 pixels",
         "784 dimensions",
-        r"$-784\ln 2$",
+        r"$-784\ln 2\approx-543.4$",
         r"(784\ln2)",
         "$m=784$",
         "256 grey",
