@@ -319,6 +319,7 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to run")
         add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
             help="of matrix products in training; auto: bfloat16 where faster")  # fmt: skip
+        add("--compile", action="store_true", help="run the networks as compiled graphs (for GPUs)")
         add("--data_dir", default=str(REPOSITORY / "datasets"), help="folder of the data files")
         add("--results_dir", help="results folder; without it made from the options")
         add("--resume", action="store_true", help="continue from the folder's checkpoint")
@@ -334,6 +335,11 @@ def set_up(args):
     args.device = there[0] if args.device == "auto" else args.device
     if args.device not in there:
         fail(f"--device {args.device} is not there; this machine has {', '.join(there)}")
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(1, device=args.device))
+        except RuntimeError:
+            fail("--compile does not work without a C++ compiler; install one or leave it out")
     torch.manual_seed(args.seed)
     return torch.device(args.device)
 
@@ -462,6 +468,11 @@ class Run:
         # No cache: a weight is used once a step, and the step then changes it.
         return torch.autocast(self.options["device"], torch.bfloat16, enabled, cache_enabled=False)
 
+    def compile(self, *networks):
+        """Compiles networks if --compile is given; a GPU then replays a pass in one launch."""
+        for network in networks if self.options["compile"] else ():
+            network.compile(mode="reduce-overhead")
+
     def epochs(self):
         """Yields the number of each epoch still to run; each ends with `finish_epoch`."""
         while self.epoch < self.n_epochs:
@@ -491,37 +502,28 @@ class Run:
 
     def finish(self, model, final, numbers):
         """Writes summary.json with `final`, and numbers.tex with `numbers` as LaTeX macros."""
-        threads = torch.get_num_threads()
-        device = f"CPU, {threads} thread{'s' * (threads > 1)}"
-        if self.options["device"] == "cuda":
-            device = torch.cuda.get_device_name()
-        seconds = [row["seconds"] for row in self.history]
-        facts = {
-            "seed": self.options["seed"],
-            "precision": self.options["precision"],
-            "device": device,
+        n_threads, seconds = torch.get_num_threads(), [row["seconds"] for row in self.history]
+        on_cuda = self.options["device"] == "cuda"
+        cpu = f"CPU, {n_threads} thread{'s' * (n_threads > 1)}"
+        facts = {name: self.options[name] for name in ("seed", "precision")} | {
+            "device": torch.cuda.get_device_name() if on_cuda else cpu,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         versions = {"python": platform.python_version(), "numpy": np.__version__}
-        summary = {
-            "options": self.options,
-            **facts,
-            "versions": versions | {"torch": torch.__version__},
-            "wall_time": round(sum(seconds), 1),
-            "final": final,
-        }
-        with replacing(self.folder / "summary.json") as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n")
-        facts |= {
+        versions["torch"] = torch.__version__
+        summary = {"options": self.options, **facts, "versions": versions}
+        summary |= {"wall_time": round(sum(seconds), 1), "final": final}
+        facts |= {name: self.options[name] for name in ("batch_size", "lr")} | {
             "epochs": self.n_epochs,
-            "batch_size": self.options["batch_size"],
-            "lr": self.options["lr"],
             "seconds_per_epoch": f"{np.median(seconds):.1f}",
             "training_minutes": f"{sum(seconds) / 60:.1f}",
         }
-        with replacing(self.folder / "numbers.tex") as path, path.open("w") as file:
-            for key, value in (facts | numbers).items():
-                file.write(f"\\newcommand{{\\{self.macro(key)}}}{{{value}}}\n")
+        macros = {self.macro(name): value for name, value in (facts | numbers).items()}
+        lines = [f"\\newcommand{{\\{name}}}{{{value}}}\n" for name, value in macros.items()]
+        with replacing(self.folder / "summary.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+        with replacing(self.folder / "numbers.tex") as path:
+            path.write_text("".join(lines))
         print("figures and numbers are in", self.folder)
 
     def macro(self, key):
@@ -663,6 +665,8 @@ def main():
 
         def after_step(*_):
             average.update_parameters(generator)
+            if ARGS.compile:  # the next step may write over this one's images
+                torch.compiler.cudagraph_mark_step_begin()
             step = next(steps)
             if step % ARGS.save_interval == 0:
                 with replacing(progress / f"{step:06d}.png") as path:
@@ -674,6 +678,7 @@ def main():
         optimizer_D.register_step_post_hook(lambda *_: schedule_D.step())
         optimizer_G.register_step_post_hook(lambda *_: schedule_G.step())
         optimizer_G.register_step_post_hook(after_step)
+        run.compile(generator, discriminator.layers)
         run.keep_samples(grid)
         for _ in run.epochs():
             with run.autocast():

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 from decimal import Decimal
@@ -350,6 +351,44 @@ def test_scripts_run_as_processes_in_any_folder(tmp_path):
         assert last.endswith(f" {script.name}")
         assert Results(tmp_path / script.name).summary["seed"] == 1
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---------------------------------------------------------------------------------------
+# Compiled networks
+# ---------------------------------------------------------------------------------------
+def test_graphs_of_the_networks_compute_the_same(script, tmp_path):
+    """As --compile traces them, the code that it makes of them left out, which takes long."""
+
+    def patch(monkeypatch, module):
+        compile = torch.compile
+        trace = lambda function, **_: compile(function, backend="aot_eager")  # noqa: E731
+        monkeypatch.setattr(torch, "compile", trace)
+
+    for name, more, patches in (("eager", (), None), ("traced", ("--compile",), patch)):
+        end = script.main(*script.options(tmp_path / name, 1), *more, patch=patches)
+        assert (end.status, end.err) == (0, "")
+    eager, traced = (Results(tmp_path / name).metrics[0] for name in ("eager", "traced"))
+    for name in script.metrics:
+        assert float(traced[name]) == pytest.approx(float(eager[name]), rel=1e-4)
+    assert Results(tmp_path / "traced").summary["options"]["compile"] is True
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="compiling needs a C++ compiler")
+def test_compiled_networks_train(tmp_path, finished):
+    end = VAE.main(*VAE.options(tmp_path), "--compile")
+    assert end.status == 0  # it may have warned that there is no GPU
+    for row, eager in zip(Results(tmp_path).metrics, finished(VAE).metrics, strict=True):
+        # Compiled code draws the noise in an order of its own.
+        for name in VAE.metrics:
+            assert float(row[name]) == pytest.approx(float(eager[name]), rel=0.05)
+
+
+def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    for variable in ("PATH", "CXX", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    end = end_of(VAE.start(*VAE.options(tmp_path / "new"), "--compile"))
+    assert "C++ compiler" in error_line(end)
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------------------------------
