@@ -231,7 +231,7 @@ def save_images(images, filename, nrow, title=None):
     """Saves images `[n, 784]` with values in [0, 1] as one grid, `nrow` to a row."""
     grid = make_grid(images.view(-1, 1, 28, 28).cpu(), nrow=nrow, padding=1, pad_value=0.5)[0]
     figure, axes = plt.subplots(figsize=(0.6 * nrow, 0.6 * math.ceil(len(images) / nrow)))
-    axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.axis("off")
     save_figure(figure, filename)

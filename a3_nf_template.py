@@ -229,7 +229,7 @@ def save_images(images, filename, nrow, title=None):
     images = images.view(-1, 1, 28, 28).cpu() / 256
     grid = make_grid(images, nrow=nrow, padding=1, pad_value=0.5)[0]
     figure, axes = plt.subplots(figsize=(0.6 * nrow, 0.6 * math.ceil(len(images) / nrow)))
-    axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.axis("off")
     save_figure(figure, filename)

@@ -190,7 +190,7 @@ def save_elbo_plot(train_curve, val_curve, filename):
 def show_grid(axes, images, title, nrow=5):
     """Draws images `[n, 1, 28, 28]` with values in [0, 1] as one grid, black on white."""
     grid = make_grid(images.cpu(), nrow=nrow, padding=1, pad_value=0.5)[0]
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=8)
     axes.axis("off")
 
@@ -227,7 +227,7 @@ def save_manifold(model, filename, n_side=20):
     means = model.decoder(z.to(model.decoder.output.weight.device)).view(-1, 1, 28, 28)
     figure, axes = plt.subplots(figsize=(6, 6))
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
     ticks = np.arange(0, n_side, 4)
     axes.set_xticks(28 * ticks + 14, [f"{quantiles[i]:.2f}" for i in ticks])
     axes.set_yticks(28 * ticks + 14, [f"{quantiles[::-1][i]:.2f}" for i in ticks])
@@ -238,11 +238,11 @@ def save_manifold(model, filename, n_side=20):
 @torch.no_grad()
 def save_latent_space(model, data, filename):
     """Saves the posterior means of a loader's images in the 2-d latent plane, coloured by digit."""
-    mean = model.encoder(data.images.float())[0].cpu()
+    mean = model.encoder(data.images.float())[0].cpu().numpy()
     figure, axes = plt.subplots(figsize=(5, 4.2))
     colours = {}
     if data.labels is not None:  # Larochelle's files have none
-        colours = {"c": data.labels.cpu(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+        colours = {"c": data.labels.cpu().numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
     points = axes.scatter(*mean.T, s=2, lw=0, **colours)
     if colours:
         figure.colorbar(points, ticks=range(10), label="digit")
