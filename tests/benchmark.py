@@ -1,8 +1,9 @@
 """How far is a training step of each script from what the machine can do? (`make bench`)
 
-Timed in turns, so that a noisy machine disturbs all alike:
+Each script is started as a user starts it and stopped at its first training step. Then are timed,
+in turns, so that a noisy machine disturbs all alike:
 
-- a training step as the script runs it, the loader included,
+- a training step with all that the script does in it, the loader included,
 - the loader alone,
 - the floor: the step's bare matrix products, forward and backward, in the same precision.
 
@@ -10,12 +11,14 @@ A table is printed, and written with more numbers to results/bench/.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,48 +33,45 @@ N_ROUNDS = 15
 TIMED = ("step", "loader", "floor")
 
 
-def vae(device):
-    """Returns the script's train function for n steps, its loader and networks, and its epochs."""
-    import a3_vae_template as script
+class StartedError(Exception):
+    """A script has come to its first training step."""
 
-    train, _, _ = script.bmnist(batch_size=64, device=device)
-    model = script.VAE().to(device)
-    optimizer = script.make_optimizer(model, lr=3e-3)
+
+def start(script, function, options):
+    """Runs a script until it calls the named function; returns that function's arguments."""
+
+    def stop(*arguments):
+        raise StartedError(arguments)
+
+    original = getattr(script, function)
+    setattr(script, function, stop)
+    sys.argv[1:] = options
+    script.ARGS = script.parse_options()
+    try:
+        script.main()
+    except StartedError as started:
+        return started.args[0]
+    finally:
+        setattr(script, function, original)
+
+
+def set_up(script, options):
+    """Starts a script; returns its training for n steps as a function, its loader and networks."""
+    if hasattr(script, "Generator"):
+        loader, discriminator, generator, *adam = start(script, "train", options)
+        networks = [discriminator, generator]
+        return (
+            lambda n: script.train(itertools.islice(loader, n), *networks, *adam),
+            loader,
+            networks,
+        )
+    model, (loader, _), optimizer = start(script, "run_epoch", options)
     model.train()
     return (
-        lambda n: script.epoch_iter(model, itertools.islice(train, n), optimizer),
-        train, [model], 40,
-    )  # fmt: skip
-
-
-def nf(device):
-    """The same for the flow."""
-    import a3_nf_template as script
-
-    train, _, _ = script.mnist(device=device)
-    model = script.Model([784]).to(device)
-    optimizer = script.make_optimizer(model, lr=1e-3)
-    model.train()
-    return (
-        lambda n: script.epoch_iter(model, itertools.islice(train, n), optimizer),
-        train, [model], 40,
-    )  # fmt: skip
-
-
-def gan(device):
-    """The same for the GAN."""
-    import a3_gan_template as script
-
-    train, _, _ = script.mnist(batch_size=64, n_train=50_000, shift=False, device=device)
-    generator, discriminator = script.Generator().to(device), script.Discriminator().to(device)
-    adam = [
-        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-        for network in (generator, discriminator)
-    ]
-    return (
-        lambda n: script.train(itertools.islice(train, n), discriminator, generator, *adam),
-        train, [generator, discriminator], 200,
-    )  # fmt: skip
+        lambda n: script.epoch_iter(model, itertools.islice(loader, n), optimizer),
+        loader,
+        [model],
+    )
 
 
 def record_products(train_steps, networks):
@@ -92,7 +92,8 @@ def record_products(train_steps, networks):
         layer.weight.register_hook(lambda _, layer=layer: pending[layer][-1].__setitem__(4, True))
         for layer in layers
     ]
-    train_steps(1)
+    with torch.compiler.set_stance("force_eager"):
+        train_steps(1)
     for hook in hooks:
         hook.remove()
     return products
@@ -121,63 +122,73 @@ def bare_products(products, dtype, device):
     return run
 
 
-def measure(name, precision):
-    """Returns the row of one model: quartiles of the times in milliseconds, and what follows."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    train_steps, loader, networks, n_epochs = {"vae": vae, "nf": nf, "gan": gan}[name](device)
-    start_up = time.perf_counter() - START
-    if precision == "auto":
-        precision = sys.modules[f"a3_{name}_template"].fast_precision(device)
+def time_in_turns(train_steps, loader, networks, device, precision):
+    """Returns the milliseconds of each round, by what is `TIMED`."""
     dtype = getattr(torch, precision)
+    times = {name: [] for name in TIMED}
     with torch.autocast(device, dtype, precision != "float32", cache_enabled=False):
         floor = bare_products(record_products(train_steps, networks), dtype, device)
-        n_steps = 5 if name == "nf" else 40
+        begin = time.perf_counter()
+        train_steps(3)
+        n_steps = max(5, round(0.15 / (time.perf_counter() - begin)))  # about half a second
         work = {
             "step": (lambda: train_steps(n_steps), n_steps),
             "loader": (lambda: list(map(len, loader)), len(loader)),
             "floor": (lambda: floor(n_steps), n_steps),
         }
-        times = {key: [] for key in TIMED}
         for _ in range(N_ROUNDS + 1):
-            for key, (function, n) in work.items():
+            for name, (function, n) in work.items():
                 begin = time.perf_counter()
                 function()
                 if device == "cuda":
                     torch.cuda.synchronize()
-                times[key].append(1000 * (time.perf_counter() - begin) / n)
-    times = {key: values[1:] for key, values in times.items()}  # the first round warms up
-    median = {key: statistics.median(values) for key, values in times.items()}
+                times[name].append(1000 * (time.perf_counter() - begin) / n)
+    return {name: values[1:] for name, values in times.items()}  # the first round warms up
+
+
+def measure(name, options):
+    """Returns the row of one model: quartiles of the times in milliseconds, and what follows."""
+    script = importlib.import_module(f"a3_{name}_template")
+    with tempfile.TemporaryDirectory() as folder:
+        steps = set_up(script, [*options, "--results_dir", folder])
+        start_up = time.perf_counter() - START
+        args = script.ARGS
+        precision = args.precision
+        if precision == "auto":
+            precision = script.fast_precision(args.device)
+        times = time_in_turns(*steps, args.device, precision)
+    median = {name: statistics.median(values) for name, values in times.items()}
     ratios = [step / bare for step, bare in zip(times["step"], times["floor"], strict=True)]
+    n_steps = len(steps[1]) * vars(args).get("epochs", vars(args).get("n_epochs"))
+    device, memory = f"CPU, {torch.get_num_threads()} threads", resource.RUSAGE_SELF
+    peak_bytes = 1024 * resource.getrusage(memory).ru_maxrss
+    if args.device == "cuda":
+        device, peak_bytes = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     return {
         "model": name,
-        "device": f"CPU, {torch.get_num_threads()} threads"
-        if device == "cpu"
-        else torch.cuda.get_device_name(),
+        "device": device,
         "precision": precision,
-        **{key: statistics.quantiles(values, n=4) for key, values in times.items()},
+        **{name: statistics.quantiles(values, n=4) for name, values in times.items()},
         "step_over_floor": statistics.median(ratios),
         "loader_share": median["loader"] / median["step"],
-        "default_run_minutes": n_epochs * len(loader) * median["step"] / 60_000,
+        "default_run_minutes": n_steps * median["step"] / 60_000,
         "start_up_seconds": start_up,
-        "peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gigabytes": peak_bytes / 1e9,
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times the training steps of the scripts.")
-    parser.add_argument(
-        "--only", choices=["vae", "nf", "gan"], help="print one model's row as JSON"
+    parser = argparse.ArgumentParser(
+        description="Times the training steps of the scripts; other options are passed on to them."
     )
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    args = parser.parse_args()
+    parser.add_argument("--only", choices=["vae", "nf", "gan"], help="one model's row, as JSON")
+    args, options = parser.parse_known_args()
     if args.only:
-        print(json.dumps(measure(args.only, args.precision)))
+        print(json.dumps(measure(args.only, options)))
         return
     rows = []
     for name in ("vae", "nf", "gan"):  # a process each: start-up and peak memory are its own
-        command = [sys.executable, __file__, "--only", name, "--precision", args.precision]
+        command = [sys.executable, __file__, "--only", name, *options]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     device = rows[0]["device"]
     print(f"{device}, torch {torch.__version__}; ms a step, median (quartiles)\n")
