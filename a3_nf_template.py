@@ -218,7 +218,7 @@ def save_bpd_plot(train_curve, val_curve, filename):
     axes.plot(epochs, val_curve, label="validation", marker=marker)
     axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
     # The first epoch would squeeze the rest of the curves into a line at the bottom.
-    axes.set_ylim(min(train_curve + val_curve + [TARGET]) - 0.02, max(val_curve[0], TARGET) + 0.02)
+    axes.set_ylim(min(*train_curve, *val_curve, TARGET) - 0.02, max(val_curve[0], TARGET) + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
     axes.legend(frameon=False)
     save_figure(figure, filename)
@@ -515,9 +515,13 @@ class Run:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         versions = {"python": platform.python_version(), "numpy": np.__version__}
-        versions["torch"] = torch.__version__
-        summary = {"options": self.options, **facts, "versions": versions}
-        summary |= {"wall_time": round(sum(seconds), 1), "final": final}
+        summary = {
+            "options": self.options,
+            **facts,
+            "versions": versions | {"torch": torch.__version__},
+            "wall_time": round(sum(seconds), 1),
+            "final": final,
+        }
         facts |= {name: self.options[name] for name in ("batch_size", "lr")} | {
             "epochs": self.n_epochs,
             "seconds_per_epoch": f"{np.median(seconds):.1f}",

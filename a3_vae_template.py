@@ -515,9 +515,13 @@ class Run:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         versions = {"python": platform.python_version(), "numpy": np.__version__}
-        versions["torch"] = torch.__version__
-        summary = {"options": self.options, **facts, "versions": versions}
-        summary |= {"wall_time": round(sum(seconds), 1), "final": final}
+        summary = {
+            "options": self.options,
+            **facts,
+            "versions": versions | {"torch": torch.__version__},
+            "wall_time": round(sum(seconds), 1),
+            "final": final,
+        }
         facts |= {name: self.options[name] for name in ("batch_size", "lr")} | {
             "epochs": self.n_epochs,
             "seconds_per_epoch": f"{np.median(seconds):.1f}",

@@ -33,45 +33,22 @@ N_ROUNDS = 15
 TIMED = ("step", "loader", "floor")
 
 
-class StartedError(Exception):
-    """A script has come to its first training step."""
+class TimedError(Exception):
+    """A script has come to its first training step, and was timed there."""
 
 
-def start(script, function, options):
-    """Runs a script until it calls the named function; returns that function's arguments."""
+def training(script, train, arguments):
+    """Returns n steps of a script's training as a function, its loader and its networks.
 
-    def stop(*arguments):
-        raise StartedError(arguments)
-
-    original = getattr(script, function)
-    setattr(script, function, stop)
-    sys.argv[1:] = options
-    script.ARGS = script.parse_options()
-    try:
-        script.main()
-    except StartedError as started:
-        return started.args[0]
-    finally:
-        setattr(script, function, original)
-
-
-def set_up(script, options):
-    """Starts a script; returns its training for n steps as a function, its loader and networks."""
-    if hasattr(script, "Generator"):
-        loader, discriminator, generator, *adam = start(script, "train", options)
-        networks = [discriminator, generator]
-        return (
-            lambda n: script.train(itertools.islice(loader, n), *networks, *adam),
-            loader,
-            networks,
-        )
-    model, (loader, _), optimizer = start(script, "run_epoch", options)
-    model.train()
-    return (
-        lambda n: script.epoch_iter(model, itertools.islice(loader, n), optimizer),
-        loader,
-        [model],
-    )
+    `arguments` are those with which the script calls its training function `train`.
+    """
+    if train.__name__ == "run_epoch":
+        model, (loader, _), optimizer = arguments
+        model.train()
+        epoch = script.epoch_iter
+        return lambda n: epoch(model, itertools.islice(loader, n), optimizer), loader, [model]
+    loader, *others = arguments  # two networks and their optimizers
+    return lambda n: train(itertools.islice(loader, n), *others), loader, others[:2]
 
 
 def record_products(train_steps, networks):
@@ -122,56 +99,74 @@ def bare_products(products, dtype, device):
     return run
 
 
-def time_in_turns(train_steps, loader, networks, device, precision):
-    """Returns the milliseconds of each round, by what is `TIMED`."""
-    dtype = getattr(torch, precision)
+def time_in_turns(train_steps, loader, networks, device):
+    """Returns the precision that the script has set, and each round's milliseconds by `TIMED`."""
+    fast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if fast else torch.float32
+    floor = bare_products(record_products(train_steps, networks), dtype, device)
+    begin = time.perf_counter()
+    train_steps(3)
+    n_steps = max(5, round(0.15 / (time.perf_counter() - begin)))
+    work = {
+        "step": (lambda: train_steps(n_steps), n_steps),
+        "loader": (lambda: list(map(len, loader)), len(loader)),
+        "floor": (lambda: floor(n_steps), n_steps),
+    }
     times = {name: [] for name in TIMED}
-    with torch.autocast(device, dtype, precision != "float32", cache_enabled=False):
-        floor = bare_products(record_products(train_steps, networks), dtype, device)
-        begin = time.perf_counter()
-        train_steps(3)
-        n_steps = max(5, round(0.15 / (time.perf_counter() - begin)))  # about half a second
-        work = {
-            "step": (lambda: train_steps(n_steps), n_steps),
-            "loader": (lambda: list(map(len, loader)), len(loader)),
-            "floor": (lambda: floor(n_steps), n_steps),
-        }
-        for _ in range(N_ROUNDS + 1):
-            for name, (function, n) in work.items():
-                begin = time.perf_counter()
-                function()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(1000 * (time.perf_counter() - begin) / n)
-    return {name: values[1:] for name, values in times.items()}  # the first round warms up
+    for _ in range(N_ROUNDS + 1):
+        for name, (function, n) in work.items():
+            begin = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - begin) / n)
+    # The first round warms up.
+    return str(dtype).removeprefix("torch."), {name: ms[1:] for name, ms in times.items()}
+
+
+def time_script(script, train, options):
+    """Starts a script and times it where it first calls its function of the name `train`.
+
+    Returns the seconds until then, the batches of an epoch, the precision and the times.
+    """
+    original = getattr(script, train)
+
+    def time_instead(*arguments):
+        start_up = time.perf_counter() - START
+        train_steps, loader, networks = training(script, original, arguments)
+        timed = time_in_turns(train_steps, loader, networks, script.ARGS.device)
+        raise TimedError(start_up, len(loader), *timed)
+
+    setattr(script, train, time_instead)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv[1:] = [*options, "--results_dir", folder]
+        script.ARGS = script.parse_options()
+        try:
+            script.main()
+        except TimedError as timed:
+            return timed.args
 
 
 def measure(name, options):
     """Returns the row of one model: quartiles of the times in milliseconds, and what follows."""
     script = importlib.import_module(f"a3_{name}_template")
-    with tempfile.TemporaryDirectory() as folder:
-        steps = set_up(script, [*options, "--results_dir", folder])
-        start_up = time.perf_counter() - START
-        args = script.ARGS
-        precision = args.precision
-        if precision == "auto":
-            precision = script.fast_precision(args.device)
-        times = time_in_turns(*steps, args.device, precision)
-    median = {name: statistics.median(values) for name, values in times.items()}
+    train = "train" if name == "gan" else "run_epoch"
+    start_up, n_batches, precision, times = time_script(script, train, options)
+    median = {key: statistics.median(values) for key, values in times.items()}
     ratios = [step / bare for step, bare in zip(times["step"], times["floor"], strict=True)]
-    n_steps = len(steps[1]) * vars(args).get("epochs", vars(args).get("n_epochs"))
-    device, memory = f"CPU, {torch.get_num_threads()} threads", resource.RUSAGE_SELF
-    peak_bytes = 1024 * resource.getrusage(memory).ru_maxrss
-    if args.device == "cuda":
+    n_epochs = script.ARGS.n_epochs if name == "gan" else script.ARGS.epochs
+    device = f"CPU, {torch.get_num_threads()} threads"
+    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if script.ARGS.device == "cuda":
         device, peak_bytes = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     return {
         "model": name,
         "device": device,
         "precision": precision,
-        **{name: statistics.quantiles(values, n=4) for name, values in times.items()},
+        **{key: statistics.quantiles(values, n=4) for key, values in times.items()},
         "step_over_floor": statistics.median(ratios),
         "loader_share": median["loader"] / median["step"],
-        "default_run_minutes": n_steps * median["step"] / 60_000,
+        "default_run_minutes": n_epochs * n_batches * median["step"] / 60_000,
         "start_up_seconds": start_up,
         "peak_gigabytes": peak_bytes / 1e9,
     }

@@ -360,8 +360,11 @@ def test_graphs_of_the_networks_compute_the_same(script, tmp_path):
     """As --compile traces them, the code that it makes of them left out, which takes long."""
 
     def patch(monkeypatch, module):
-        compile = torch.compile
-        trace = lambda function, **_: compile(function, backend="aot_eager")  # noqa: E731
+        compiled = torch.compile
+
+        def trace(function, **_):
+            return compiled(function, backend="aot_eager")
+
         monkeypatch.setattr(torch, "compile", trace)
 
     for name, more, patches in (("eager", (), None), ("traced", ("--compile",), patch)):
