@@ -5,6 +5,7 @@ in turns, so that a noisy machine disturbs all alike:
 
 - a training step with all that the script does in it, the loader included,
 - the loader alone,
+- the operators of that step, called one by one without the script, autograd and autocast,
 - the floor: the step's bare matrix products, forward and backward, in the same precision.
 
 A table is printed, and written with more numbers to results/bench/.
@@ -25,94 +26,108 @@ from pathlib import Path
 START = time.perf_counter()
 
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 N_ROUNDS = 15
-TIMED = ("step", "loader", "floor")
+TIMED = ("step", "loader", "operators", "floor")
 
 
 class TimedError(Exception):
     """A script has come to its first training step, and was timed there."""
 
 
-def training(script, train, arguments):
-    """Returns n steps of a script's training as a function, its loader and its networks.
+class Recorder(TorchDispatchMode):
+    """Keeps what is called inside it: every operator with its arguments."""
 
-    `arguments` are those with which the script calls its training function `train`.
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls.append((operator, args, kwargs or {}))
+        return operator(*args, **(kwargs or {}))
+
+
+def training(script, train, arguments):
+    """Returns n steps of a script's training as a function, its loader, networks and optimizer.
+
+    `arguments` are those with which the script calls its training function `train`; the optimizer
+    is the one that ends a step.
     """
     if train.__name__ == "run_epoch":
         model, (loader, _), optimizer = arguments
         model.train()
-        epoch = script.epoch_iter
-        return lambda n: epoch(model, itertools.islice(loader, n), optimizer), loader, [model]
-    loader, *others = arguments  # two networks and their optimizers
-    return lambda n: train(itertools.islice(loader, n), *others), loader, others[:2]
+
+        def steps(n):
+            return script.epoch_iter(model, itertools.islice(loader, n), optimizer)
+
+        return steps, loader, [model], optimizer
+    loader, *others = arguments  # two networks and their optimizers, the generator's first
+    return lambda n: train(itertools.islice(loader, n), *others), loader, others[:2], others[2]
 
 
-def record_products(train_steps, networks):
-    """Returns (rows, n_in, n_out, backward to the input?, to the weight?) of a step's layers."""
-    products = []
+def record_step(train_steps, optimizer):
+    """Returns (operator, arguments, named arguments) of what computes in one step, loader included.
 
-    def record(layer, inputs, output):
-        entry = [*inputs[0].shape, layer.out_features, inputs[0].requires_grad, False]
-        products.append(entry)
-        # The weight's gradient is computed if the output's gradient arrives and the weight's
-        # hook fires; the GAN's generator step leaves out the discriminator's.
-        pending.setdefault(layer, []).append(entry)
-
-    pending = {}
-    layers = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear)]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    hooks += [
-        layer.weight.register_hook(lambda _, layer=layer: pending[layer][-1].__setitem__(4, True))
-        for layer in layers
-    ]
-    with torch.compiler.set_stance("force_eager"):
-        train_steps(1)
-    for hook in hooks:
-        hook.remove()
-    return products
+    Left out are views, which compute nothing, and the marks that an optimizer sets for a profiler.
+    """
+    recorder, ends = Recorder(), []
+    hook = optimizer.register_step_post_hook(lambda *_: ends.append(len(recorder.calls)))
+    with torch.compiler.set_stance("force_eager"), recorder:
+        train_steps(2)
+    hook.remove()
+    step = recorder.calls[ends[0] : ends[1]]
+    return [call for call in step if call[0].namespace == "aten" and not call[0].is_view]
 
 
-def bare_products(products, dtype, device):
-    """Returns a function that runs the products n times, into memory that is there already."""
-    work = []
-    for rows, n_in, n_out, to_input, to_weight in products:
-        x, w, y = (
-            torch.randn(shape, dtype=dtype, device=device)
-            for shape in ((rows, n_in), (n_out, n_in), (rows, n_out))
-        )
-        work.append((x, w.T, torch.empty_like(y)))
-        if to_weight:
-            work.append((y.T, x, torch.empty_like(w)))
-        if to_input:
-            work.append((y, w, torch.empty_like(x)))
+def operators(calls, device):
+    """Returns a function that calls the operators n times."""
 
     @torch.no_grad()
     def run(n):
-        for _ in range(n):
-            for a, b, out in work:
-                torch.mm(a, b, out=out)
+        with torch.autocast(device, enabled=False):
+            for _ in range(n):
+                for operator, args, kwargs in calls:
+                    operator(*args, **kwargs)
 
     return run
 
 
-def time_in_turns(train_steps, loader, networks, device):
-    """Returns the precision that the script has set, and each round's milliseconds by `TIMED`."""
-    fast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if fast else torch.float32
-    floor = bare_products(record_products(train_steps, networks), dtype, device)
+def matrix_products(calls):
+    """Returns a function that runs the calls' matrix products n times, into memory of their own."""
+    aten = torch.ops.aten
+    factors = [args[-2:] for operator, args, _ in calls
+               if operator in (aten.mm.default, aten.addmm.default)]  # fmt: skip
+    work = [(a, b, torch.mm(a, b)) for a, b in factors]
+
+    @torch.no_grad()
+    def run(n):
+        for _ in range(n):
+            for a, b, product in work:
+                torch.mm(a, b, out=product)
+
+    return run
+
+
+def time_in_turns(train_steps, loader, networks, optimizer, device):
+    """Returns the peak memory of training, and the milliseconds of each round by name."""
     begin = time.perf_counter()
     train_steps(3)
     n_steps = max(5, round(0.15 / (time.perf_counter() - begin)))
+    peak = peak_memory(device)
+    calls = record_step(train_steps, optimizer)
+    all_calls, products = operators(calls, device), matrix_products(calls)
     work = {
         "step": (lambda: train_steps(n_steps), n_steps),
         "loader": (lambda: list(map(len, loader)), len(loader)),
-        "floor": (lambda: floor(n_steps), n_steps),
+        "operators": (lambda: all_calls(n_steps), n_steps),
+        "floor": (lambda: products(n_steps), n_steps),
     }
     times = {name: [] for name in TIMED}
+    weights = [weight.detach() for network in networks for weight in network.parameters()]
+    start = [weight.clone() for weight in weights]
     for _ in range(N_ROUNDS + 1):
         for name, (function, n) in work.items():
             begin = time.perf_counter()
@@ -120,22 +135,35 @@ def time_in_turns(train_steps, loader, networks, device):
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(1000 * (time.perf_counter() - begin) / n)
+            # The recorded optimizer takes the same step again and again, which would lead astray.
+            for weight, value in zip(weights, start, strict=True):
+                weight.copy_(value)
     # The first round warms up.
-    return str(dtype).removeprefix("torch."), {name: ms[1:] for name, ms in times.items()}
+    return peak, {name: ms[1:] for name, ms in times.items()}
+
+
+def peak_memory(device):
+    """Returns the most bytes that the process, or on a GPU its tensors, had at once so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def time_script(script, train, options):
     """Starts a script and times it where it first calls its function of the name `train`.
 
-    Returns the seconds until then, the batches of an epoch, the precision and the times.
+    Returns the seconds until then, the batches of an epoch, the precision, the peak memory and the
+    times.
     """
     original = getattr(script, train)
 
     def time_instead(*arguments):
-        start_up = time.perf_counter() - START
-        train_steps, loader, networks = training(script, original, arguments)
-        timed = time_in_turns(train_steps, loader, networks, script.ARGS.device)
-        raise TimedError(start_up, len(loader), *timed)
+        start_up, device = time.perf_counter() - START, script.ARGS.device
+        train_steps, loader, *parts = training(script, original, arguments)
+        fast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if fast else torch.float32
+        timed = time_in_turns(train_steps, loader, *parts, device)
+        raise TimedError(start_up, len(loader), str(dtype).removeprefix("torch."), *timed)
 
     setattr(script, train, time_instead)
     with tempfile.TemporaryDirectory() as folder:
@@ -151,24 +179,21 @@ def measure(name, options):
     """Returns the row of one model: quartiles of the times in milliseconds, and what follows."""
     script = importlib.import_module(f"a3_{name}_template")
     train = "train" if name == "gan" else "run_epoch"
-    start_up, n_batches, precision, times = time_script(script, train, options)
+    start_up, n_batches, precision, peak, times = time_script(script, train, options)
     median = {key: statistics.median(values) for key, values in times.items()}
     ratios = [step / bare for step, bare in zip(times["step"], times["floor"], strict=True)]
     n_epochs = script.ARGS.n_epochs if name == "gan" else script.ARGS.epochs
-    device = f"CPU, {torch.get_num_threads()} threads"
-    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if script.ARGS.device == "cuda":
-        device, peak_bytes = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    cpu = f"CPU, {torch.get_num_threads()} threads"
     return {
         "model": name,
-        "device": device,
+        "device": torch.cuda.get_device_name() if script.ARGS.device == "cuda" else cpu,
         "precision": precision,
         **{key: statistics.quantiles(values, n=4) for key, values in times.items()},
         "step_over_floor": statistics.median(ratios),
         "loader_share": median["loader"] / median["step"],
         "default_run_minutes": n_epochs * n_batches * median["step"] / 60_000,
         "start_up_seconds": start_up,
-        "peak_gigabytes": peak_bytes / 1e9,
+        "peak_gigabytes": peak / 1e9,
     }
 
 
@@ -187,8 +212,9 @@ def main():
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     device = rows[0]["device"]
     print(f"{device}, torch {torch.__version__}; ms a step, median (quartiles)\n")
-    print("| model | precision | step | loader | floor | step / floor | default run | memory |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = ["model", "precision", *TIMED, "step / floor", "default run", "memory"]
+    print("|", " | ".join(names), "|")
+    print("|---" * len(names) + "|")
     for row in rows:
         times = ("{1:.2f} ({0:.2f}–{2:.2f})".format(*row[key]) for key in TIMED)
         run, memory = f"{row['default_run_minutes']:.1f} min", f"{row['peak_gigabytes']:.1f} GB"
