@@ -46,8 +46,9 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.calls.append((operator, args, kwargs or {}))
-        return operator(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.calls.append((operator, args, kwargs))
+        return operator(*args, **kwargs)
 
 
 def training(script, train, arguments):
@@ -82,33 +83,22 @@ def record_step(train_steps, optimizer):
     return [call for call in step if call[0].namespace == "aten" and not call[0].is_view]
 
 
-def operators(calls, device):
-    """Returns a function that calls the operators n times."""
-
-    @torch.no_grad()
-    def run(n):
-        with torch.autocast(device, enabled=False):
-            for _ in range(n):
-                for operator, args, kwargs in calls:
-                    operator(*args, **kwargs)
-
-    return run
-
-
+@torch.no_grad()
 def matrix_products(calls):
-    """Returns a function that runs the calls' matrix products n times, into memory of their own."""
+    """Returns the bare matrix products among the calls, each into memory of its own."""
     aten = torch.ops.aten
     factors = [args[-2:] for operator, args, _ in calls
                if operator in (aten.mm.default, aten.addmm.default)]  # fmt: skip
-    work = [(a, b, torch.mm(a, b)) for a, b in factors]
+    return [(torch.mm, (a, b), {"out": torch.mm(a, b)}) for a, b in factors]
 
-    @torch.no_grad()
-    def run(n):
+
+@torch.no_grad()
+def repeat(calls, n, device):
+    """Makes the calls in their order n times."""
+    with torch.autocast(device, enabled=False):
         for _ in range(n):
-            for a, b, product in work:
-                torch.mm(a, b, out=product)
-
-    return run
+            for operator, args, kwargs in calls:
+                operator(*args, **kwargs)
 
 
 def time_in_turns(train_steps, loader, networks, optimizer, device):
@@ -118,12 +108,12 @@ def time_in_turns(train_steps, loader, networks, optimizer, device):
     n_steps = max(5, round(0.15 / (time.perf_counter() - begin)))
     peak = peak_memory(device)
     calls = record_step(train_steps, optimizer)
-    all_calls, products = operators(calls, device), matrix_products(calls)
+    products = matrix_products(calls)
     work = {
         "step": (lambda: train_steps(n_steps), n_steps),
         "loader": (lambda: list(map(len, loader)), len(loader)),
-        "operators": (lambda: all_calls(n_steps), n_steps),
-        "floor": (lambda: products(n_steps), n_steps),
+        "operators": (lambda: repeat(calls, n_steps, device), n_steps),
+        "floor": (lambda: repeat(products, n_steps, device), n_steps),
     }
     times = {name: [] for name in TIMED}
     weights = [weight.detach() for network in networks for weight in network.parameters()]
@@ -135,9 +125,9 @@ def time_in_turns(train_steps, loader, networks, optimizer, device):
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(1000 * (time.perf_counter() - begin) / n)
-            # The recorded optimizer takes the same step again and again, which would lead astray.
-            for weight, value in zip(weights, start, strict=True):
-                weight.copy_(value)
+        # The recorded optimizer takes the same step again and again, which would lead astray.
+        for weight, value in zip(weights, start, strict=True):
+            weight.copy_(value)
     # The first round warms up.
     return peak, {name: ms[1:] for name, ms in times.items()}
 
