@@ -1,7 +1,7 @@
 """A RealNVP flow on MNIST (Dinh et al., 2017).
 
-Read from top to bottom: the flow, its exact log-likelihood, the figures, the training loop, and
-at the end the command line. Run
+Read from top to bottom: the flow, its log-likelihood (exact, written by hand), the figures, the
+training, and at the end the command line. Run
 
     python a3_nf_template.py
 
@@ -12,19 +12,18 @@ import argparse
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import math
 import os
 import platform
-import re
+import statistics
 import sys
-import tempfile
 import time
 import timeit
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,13 +37,10 @@ import matplotlib.pyplot as plt
 
 N_PIXELS = 28 * 28
 TARGET = 1.85  # bits/dim on validation that the assignment asks for
-MAX_GRAD_NORM = 0.01  # in bits/dim; most gradients are longer, so that no batch outweighs others
-SAVE_INTERVAL = 5  # epochs between the sample grids in the subfolder
+MAX_GRAD_NORM = 0.01  # most gradients of bits/dim are longer, so that no batch outweighs others
 
 
-# ---------------------------------------------------------------------------------------
-# Prior and mask
-# ---------------------------------------------------------------------------------------
+# ------------------------------------ Prior and mask ------------------------------------
 def log_prior(x):
     """Returns the elementwise log-density log N(x; 0, 1) in nats."""
     return -0.5 * (x**2 + math.log(2 * math.pi))
@@ -61,9 +57,7 @@ def get_mask():
     return ((row + column) % 2 == 0).float().view(1, N_PIXELS)
 
 
-# ---------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------
+# ------------------------------------ Model ------------------------------------
 class Coupling(nn.Module):
     """An affine coupling layer (paper, equations 7 to 9) for any 0/1 mask `[1, c_in]`.
 
@@ -94,7 +88,7 @@ class Coupling(nn.Module):
         # With zero scales and shifts the layer starts as the identity.
         nn.init.zeros_(self.nn[-1].weight)
         nn.init.zeros_(self.nn[-1].bias)
-        # The log-scale tanh(s) * exp(log_bound) cannot explode, yet may leave [-1, 1].
+        # tanh keeps a log-scale within [-b, b], and b = exp(log_bound) > 0 is learned.
         self.log_bound = nn.Parameter(torch.zeros(n_changed))
 
     def forward(self, z, ldj, reverse=False):
@@ -191,31 +185,26 @@ class Model(nn.Module):
         return self.decode(sample_prior((n_samples, *self.flow.z_shape), device))
 
 
-# ---------------------------------------------------------------------------------------
-# Loss and evaluation
-# ---------------------------------------------------------------------------------------
+# ------------------------------------ Loss and evaluation ------------------------------------
 def bits_per_dim(log_px, n_dims=N_PIXELS):
     """Turns a log-likelihood in nats into bits per dimension, -log2 p(x) / n_dims."""
     return -log_px / (n_dims * math.log(2))
 
 
 @torch.no_grad()
-def test_bits_per_dim(model, data):
+def mean_bits_per_dim(model, data):
     """Returns the mean bits/dim over a loader and the standard error of that mean."""
-    bpd = torch.cat([bits_per_dim(model(images)) for images, _ in data]).double()
+    bpd = torch.cat([bits_per_dim(model(images)) for images, _ in data]).cpu().double()
     return bpd.mean().item(), (bpd.std() / len(bpd) ** 0.5).item()
 
 
-# ---------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------
+# ------------------------------------ Figures ------------------------------------
 def save_bpd_plot(train_curve, val_curve, filename):
     """Plots bits/dim of training and validation against the epoch (Question 3.8)."""
-    figure, axes = plt.subplots(figsize=(5, 3.2))
+    figure, axes = plt.subplots(figsize=(4.6, 2.4))
     epochs = range(1, len(train_curve) + 1)
-    marker = "." if len(epochs) < 3 else None
-    axes.plot(epochs, train_curve, label="training", marker=marker)
-    axes.plot(epochs, val_curve, label="validation", marker=marker)
+    for label, curve in (("training", train_curve), ("validation", val_curve)):
+        axes.plot(epochs, curve, label=label, marker="." if len(epochs) < 3 else None)
     axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
     # The first epoch would squeeze the rest of the curves into a line at the bottom.
     axes.set_ylim(min(*train_curve, *val_curve, TARGET) - 0.02, max(val_curve[0], TARGET) + 0.02)
@@ -224,19 +213,25 @@ def save_bpd_plot(train_curve, val_curve, filename):
     save_figure(figure, filename)
 
 
-def save_images(images, filename, nrow, title=None):
-    """Saves images `[n, 784]` with values in [0, 256] as one grid, `nrow` to a row."""
+def save_images(images, filename, nrow):
+    """Saves images `[n, 784]` in [0, 256] as one grid, black on white, `nrow` to a row."""
     images = images.view(-1, 1, 28, 28).cpu() / 256
     grid = make_grid(images, nrow=nrow, padding=1, pad_value=0.5)[0]
     figure, axes = plt.subplots(figsize=(0.6 * nrow, 0.6 * math.ceil(len(images) / nrow)))
-    axes.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title, fontsize=9)
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.axis("off")
     save_figure(figure, filename)
 
 
+def save_samples(model, filename, n_samples=25):
+    """Saves samples, of the same latents each time."""
+    with torch.random.fork_rng():  # looking at samples must not change the training
+        torch.manual_seed(ARGS.seed)
+        save_images(model.sample(n_samples), filename, nrow=5)
+
+
 @torch.no_grad()
-def save_interpolation(model, images, filename, title):
+def save_interpolation(model, images, filename):
     """Saves 9 images decoded from the arc between the latents of two images `[2, 784]`.
 
     Spherical, because the latents of d pixels lie near a sphere of radius sqrt(d), which a
@@ -246,47 +241,55 @@ def save_interpolation(model, images, filename, title):
     t = torch.linspace(0, 1, 9, device=images.device)[:, None]
     angle = torch.acos(torch.cosine_similarity(z_from, z_to, dim=0))
     z = (torch.sin((1 - t) * angle) * z_from + torch.sin(t * angle) * z_to) / torch.sin(angle)
-    save_images(model.decode(z), filename, nrow=9, title=title)
+    save_images(model.decode(z), filename, nrow=9)
 
 
-# ---------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------
-def epoch_iter(model, data, optimizer):
+# ------------------------------------ Training ------------------------------------
+def epoch_iter(model, data, optimizer, schedule=None, precision="float32"):
     """Runs one epoch and returns its average bits/dim; trains if `model.training`.
 
+    Matrix products run in `precision`; `schedule` sets the learning rate after every step.
     Raises FloatingPointError, naming the batch, if a loss is not finite.
     """
     losses, sizes = [], []
-    progress = tqdm(data, leave=False, disable=None)
-    with torch.set_grad_enabled(model.training):
-        for images, _ in progress:
+    for images, _ in tqdm(data, leave=False, disable=None):
+        mixed = torch.autocast(images.device.type, torch.bfloat16, precision == "bfloat16")
+        # A context a step: it keeps the bfloat16 copies of the weights that it has made, and
+        # around several steps it would go on computing with the weights of the first.
+        with mixed, torch.set_grad_enabled(model.training):
             loss = bits_per_dim(model(images)).mean()
-            if model.training:
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-                optimizer.step()
-            losses.append(loss.detach())
-            sizes.append(len(images))
-            show_loss(progress, losses)
+
+        if model.training:
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+
+        losses.append(loss.detach())
+        sizes.append(len(images))
     return epoch_mean(losses, sizes)
 
 
-def run_epoch(model, data, optimizer):
+def run_epoch(model, data, optimizer, schedule=None, precision="float32"):
     """Trains on `data[0]`, validates on `data[1]`; returns `train_bpd, val_bpd`."""
     traindata, valdata = data
+
     model.train()
-    train_bpd = epoch_iter(model, traindata, optimizer)
+    train_bpd = epoch_iter(model, traindata, optimizer, schedule, precision)
+
     model.eval()
-    val_bpd = epoch_iter(model, valdata, optimizer)
+    val_bpd = epoch_iter(model, valdata, optimizer, precision=precision)
+
     return train_bpd, val_bpd
 
 
 # >>> shared block: the same characters in all three scripts >>>
 REPOSITORY = Path(__file__).resolve().parent
-# What a resumed run may change, since it does not shape the training.
-FREE_OPTIONS = {"resume", "results_dir", "data_dir", "iw_samples", "eval_samples", "save_interval"}
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
+# Options that do not shape the training: --resume may change them, and they name no folder.
+FREE_OPTIONS = {"data_dir", "eval_samples", "iw_samples", "results_dir", "resume", "save_interval"}
 
 
 def fail(message, status=2):
@@ -296,66 +299,50 @@ def fail(message, status=2):
 
 
 def number(kind, above=0):
-    """Returns an argparse type: a finite `kind`, int or float, greater than `above`."""
+    """Returns an argparse type: a finite number of a `kind`, int or float, above a bound."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not above < value < (2**63 if kind is int else math.inf):  # nan fails too
-            wanted = f"a whole number from {above + 1}" if kind is int else "a number above 0"
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
-        return value
+        with contextlib.suppress(ValueError):
+            if above < (value := kind(text)) < 2**63:  # nan is not
+                return value
+        wanted = f"a {'whole ' * (kind is int)}number above {above}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
 
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser with one-line errors and the options that all three scripts have."""
-
-    def __init__(self, description, batch_size, lr):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-        add = self.add_argument
-        add("--batch_size", type=number(int), default=batch_size, help="images in a batch")
-        add("--lr", type=number(float), default=lr, help="learning rate of Adam")
-        add("--seed", type=number(int, -1), default=0, help="seed of every random draw")
-        add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to run")
-        add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-            help="of matrix products in training; auto: bfloat16 where faster")  # fmt: skip
-        add("--compile", action="store_true", help="run the networks as compiled graphs (for GPUs)")
-        add("--data_dir", default=str(REPOSITORY / "datasets"), help="folder of the data files")
-        add("--results_dir", help="results folder; without it made from the options")
-        add("--resume", action="store_true", help="continue from the folder's checkpoint")
-        add("--fast_dev_run", action="store_true", help="one epoch of two batches: does it run?")
-
-    def error(self, message):
-        fail(message)
+def shaping_options(args):
+    """Returns the options that shape the training, by name."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
 
 
-def set_up(args):
-    """Seeds the generators, settles the option `--device auto` and returns the device."""
-    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    args.device = there[0] if args.device == "auto" else args.device
-    if args.device not in there:
-        fail(f"--device {args.device} is not there; this machine has {', '.join(there)}")
-    if args.compile:
-        try:
-            torch.compile(torch.neg)(torch.zeros(1, device=args.device))
-        except RuntimeError:
-            fail("--compile does not work without a C++ compiler; install one or leave it out")
-    torch.manual_seed(args.seed)
-    return torch.device(args.device)
+def results_folder(name, parser, args):
+    """Returns results/`name`, the name extended by each shaping option that is no default."""
+    for option, value in shaping_options(args).items():
+        if value != parser.get_default(option):
+            word = value if isinstance(value, str) else f"{option}{value}".removesuffix("True")
+            name += f"_{word}"
+    return REPOSITORY / "results" / name
 
 
-def fast_precision(device):
-    """Returns "bfloat16" if its matrix products take less than 2/3 of float32's time here."""
-    if device != "cpu":
-        return "bfloat16" if device == "cuda" else "float32"
-    a, b = torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)
-    float32, bfloat16 = (min(timeit.repeat(lambda a=a: a @ a, number=4)) for a in (a, b))
-    return "bfloat16" if bfloat16 < 2 / 3 * float32 else "float32"
+def faster_precision(args, *networks):
+    """Returns "bfloat16" if the networks' matrix products take clearly less time in it here.
+
+    No processor flag tells. The two take turns and the best time of each counts, so that other
+    work on the machine does not decide.
+    """
+    if args.device == "cuda":
+        return "bfloat16"
+    weights = [w.detach().flatten(1) for net in networks for w in net.parameters() if w.dim() > 1]
+    inputs = [torch.ones(args.batch_size, weight.shape[1]) for weight in weights]
+    best = {"float32": math.inf, "bfloat16": math.inf}
+    for precision in 10 * list(best):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
+            for x, weight in zip(inputs, weights, strict=True):
+                F.linear(x, weight)
+        best[precision] = min(best[precision], time.perf_counter() - start)
+    return "bfloat16" if best["bfloat16"] < 0.8 * best["float32"] else "float32"
 
 
 @contextlib.contextmanager
@@ -377,204 +364,95 @@ def save_figure(figure, filename):
     plt.close(figure)
 
 
-def show_loss(progress, losses):
-    """Puts the newest loss on the progress bar; seldom, since reading it waits for the device."""
-    if not progress.disable and len(losses) % 50 == 1:
-        progress.set_postfix(loss=f"{losses[-1].flatten()[0].item():.4g}")
-
-
 def epoch_mean(losses, sizes):
     """Returns the mean over images of batch means; a non-finite one is a FloatingPointError."""
     losses, sizes = torch.stack(losses).cpu().double(), torch.tensor(sizes).double()
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        batch = bad[0, 0].item()
-        raise FloatingPointError(f"the loss of batch {batch + 1} is {losses[batch].tolist()}")
+    for batch, loss in enumerate(losses, 1):
+        if not loss.isfinite().all():
+            raise FloatingPointError(f"the loss of batch {batch} is {loss.tolist()}")
     return (sizes @ losses / sizes.sum()).tolist()
 
 
-class Run:
-    """A training run: its results folder and all that it takes to go on after a break.
+def save_checkpoint(args, history, parts, generator):
+    """Writes metrics.csv and checkpoint.pt, each whole or not at all.
 
-    `parts` are the objects with a `state_dict` that training changes; the first of the `loaders`
-    is the one that shuffles. `history` gets a row an epoch, `kept` holds what is needed at the
-    end. As a context it turns Ctrl-C and a non-finite loss into one line and an exit status.
+    `history` has lists by name, with a number for each epoch; `parts` are what training changes;
+    `generator` orders the images. A weight that is not finite is a FloatingPointError.
     """
-
-    def __init__(self, args, name, n_epochs, loaders, **parts):
-        self.name, self.train, self.parts, self.n_epochs = name, loaders[0], parts, n_epochs
-        if args.fast_dev_run:
-            self.n_epochs = 1
-            for loader in loaders:
-                loader.limit(2)
-        parent = REPOSITORY / "results" / ("fast_dev_run" if args.fast_dev_run else "")
-        self.folder = Path(args.results_dir or parent / name)
-        self.options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
-        self.history, self.kept, self.epoch = [], {}, 0
-        self.rng = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}[args.device]
-        if args.resume:
-            self.load()
-        elif args.precision == "auto":
-            self.options["precision"] = fast_precision(args.device)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            fail(f"--results_dir {self.folder} cannot be written: {error.strerror}")
-
-    def load(self):
-        """Restores what `save` wrote; a missing, damaged or foreign checkpoint is an error."""
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
-            fail(f"--resume found no {path}; leave it out to start")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            options, rng = state["options"], state["rng"]
-            if self.options["precision"] == "auto":
-                self.options["precision"] = options["precision"]
-            for option, value in self.options.items():
-                if options[option] != value:
-                    fail(f"--{option} is {value}, but {options[option]} in {path}")
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-            torch.set_rng_state(rng["cpu"])
-            self.rng.set_rng_state(rng["device"])
-            self.train.generator.set_state(rng["train"])
-            self.history, self.kept = state["history"], state["kept"]
-        except Exception:  # a damaged file makes the unpickler raise almost anything
-            fail(f"{path} is damaged or of another version; leave --resume out to start afresh")
-        self.epoch = len(self.history)
-
-    def save(self, history):
-        """Writes the checkpoint and metrics.csv, each whole or not at all."""
-        state = {
-            "options": self.options,
-            "history": history,
-            "kept": self.kept,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "device": self.rng.get_rng_state(),
-                "train": self.train.generator.get_state(),
-            },
-        }
-        # The checkpoint last: a resumed run writes whatever comes after it anew.
-        with replacing(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
-            table = csv.DictWriter(file, history[0])
-            table.writeheader()
-            table.writerows(history)
-        with replacing(self.folder / "checkpoint.pt") as path:
-            torch.save(state, path)
-        self.history = history
-
-    def autocast(self):
-        """Returns the context in which matrix products run in the run's precision."""
-        enabled = self.options["precision"] == "bfloat16"
-        # No cache: a weight is used once a step, and the step then changes it.
-        return torch.autocast(self.options["device"], torch.bfloat16, enabled, cache_enabled=False)
-
-    def compile(self, *networks):
-        """Compiles networks if --compile is given; a GPU then replays a pass in one launch."""
-        for network in networks if self.options["compile"] else ():
-            network.compile(mode="reduce-overhead")
-
-    def epochs(self):
-        """Yields the number of each epoch still to run; each ends with `finish_epoch`."""
-        while self.epoch < self.n_epochs:
-            self.epoch += 1
-            self.started = time.perf_counter()
-            yield self.epoch
-
-    def keep_samples(self, draw):
-        """Keeps `draw()` for the figures if the epoch is the start, the middle or the end."""
-        points = {"before": 0, "halfway": (self.n_epochs + 1) // 2, "after": self.n_epochs}
-        for when, epoch in points.items():
-            if epoch == self.epoch:
-                self.kept[f"samples_{when}"] = draw()
-
-    def finish_epoch(self, **metrics):
-        """Records an epoch's metrics, saves the checkpoint and prints a line."""
-        seconds = time.perf_counter() - self.started
-        row = {"epoch": self.epoch, **metrics, "seconds": round(seconds, 3)}
-        self.save([*self.history, row])
-        if self.epoch == 1:  # from here on the folder is the new run's
-            for stale in ("summary.json", "numbers.tex"):
-                (self.folder / stale).unlink(missing_ok=True)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        left = tqdm.format_interval(seconds * (self.n_epochs - self.epoch))
-        line = f"epoch {self.epoch}/{self.n_epochs}  {shown}  {seconds:.1f} s, {left} left"
-        print(line, flush=True)
-
-    def finish(self, model, final, numbers):
-        """Writes summary.json with `final`, and numbers.tex with `numbers` as LaTeX macros."""
-        n_threads, seconds = torch.get_num_threads(), [row["seconds"] for row in self.history]
-        on_cuda = self.options["device"] == "cuda"
-        cpu = f"CPU, {n_threads} thread{'s' * (n_threads > 1)}"
-        facts = {name: self.options[name] for name in ("seed", "precision")} | {
-            "device": torch.cuda.get_device_name() if on_cuda else cpu,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        summary = {
-            "options": self.options,
-            **facts,
-            "versions": versions | {"torch": torch.__version__},
-            "wall_time": round(sum(seconds), 1),
-            "final": final,
-        }
-        facts |= {name: self.options[name] for name in ("batch_size", "lr")} | {
-            "epochs": self.n_epochs,
-            "seconds_per_epoch": f"{np.median(seconds):.1f}",
-            "training_minutes": f"{sum(seconds) / 60:.1f}",
-        }
-        macros = {self.macro(name): value for name, value in (facts | numbers).items()}
-        lines = [f"\\newcommand{{\\{name}}}{{{value}}}\n" for name, value in macros.items()]
-        with replacing(self.folder / "summary.json") as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n")
-        with replacing(self.folder / "numbers.tex") as path:
-            path.write_text("".join(lines))
-        print("figures and numbers are in", self.folder)
-
-    def macro(self, key):
-        """Returns the macro of a number: vae_z2, val_elbo -> VaeZTwoValElbo, letters only."""
-        digits = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
-        words = re.sub(r"\d", lambda d: f"_{digits[int(d[0])]}", f"{self.name}_{key}").split("_")
-        return "".join(word.capitalize() for word in words)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is KeyboardInterrupt:
-            n = len(self.history)
-            saved = f"epoch {n} is saved, and --resume goes on from there"
-            print("interrupted:", saved if n else "the first epoch was not over", file=sys.stderr)
-            raise SystemExit(130)
-        if kind is FloatingPointError:
-            fail(f"epoch {self.epoch}: {error}; the last good checkpoint is kept", status=1)
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not all(w.isfinite().all() for net in networks for w in net.state_dict().values()):
+        epoch = len(history["seconds"])
+        raise FloatingPointError(f"epoch {epoch} ends with weights that are not finite")
+    for stale in ("summary.json", "weights.pt"):  # of earlier weights
+        (args.results_dir / stale).unlink(missing_ok=True)
+    with replacing(args.results_dir / "metrics.csv") as path, path.open("w", newline="") as file:
+        csv.writer(file).writerow(["epoch", *history])
+        csv.writer(file).writerows(zip(itertools.count(1), *history.values(), strict=False))
+    cuda = torch.cuda.get_rng_state_all() if args.device == "cuda" else []
+    rng = {"loader": generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"options": shaping_options(args), "history": history, "parts": states, "rng": rng}
+    # Last, since a resumed run writes whatever comes after it anew.
+    with replacing(args.results_dir / "checkpoint.pt") as path:
+        torch.save(state, path)
 
 
-def guard(main):
-    """Runs a script; a data error ends in one line, Ctrl-C before the training in silence."""
+def load_checkpoint(args, parts, generator):
+    """Restores what `save_checkpoint` wrote, and returns the history."""
+    path = args.results_dir / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"--resume found no {path}; leave it out to start")
     try:
-        main()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if args.precision == "auto":
+            args.precision = state["options"]["precision"]
+        for option, value in shaping_options(args).items():
+            if state["options"][option] != value:
+                fail(f"--{option} is {value}, but {state['options'][option]} in {path}")
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        generator.set_state(state["rng"]["loader"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        return state["history"]
+    except Exception:  # a damaged file makes the unpickler raise almost anything
+        fail(f"{path} is damaged or of another version; leave --resume out to start afresh")
+
+
+def save_results(args, history, model, final):
+    """Writes weights.pt, a plain state_dict, and summary.json with the `final` numbers."""
+    summary = {
+        "options": shaping_options(args),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "epoch_seconds": statistics.median(history["seconds"]),
+        "training_seconds": sum(history["seconds"]),
+        "final": final,
+    }
+    with replacing(args.results_dir / "weights.pt") as path:
+        torch.save(model.state_dict(), path)
+    with replacing(args.results_dir / "summary.json") as path:
+        path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def guard(args):
+    """Turns bad data, a folder not to be written, a non-finite loss and Ctrl-C into one line."""
+    try:
+        yield
     except DataError as error:
         fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except OSError as error:
+        fail(f"--results_dir {args.results_dir} cannot be written: {error.strerror}")
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        path = args.results_dir / "checkpoint.pt"
+        kept = f"{path} keeps the last good epoch" if path.is_file() else "no epoch was saved"
+        message, status = (error, 1) if str(error) else ("interrupted", 130)
+        fail(f"{message}; {kept}", status)
 
 
 # <<< shared block <<<
-
-
-# ---------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------
-def parse_options():
-    """Returns the options of the command line."""
-    parser = Parser("Trains a RealNVP flow on MNIST.", batch_size=128, lr=1e-3)
-    parser.add_argument("--epochs", type=number(int), default=40, help="passes over the images")
-    return parser.parse_args()
 
 
 def warm_up_and_decay(step, n_steps):
@@ -582,76 +460,98 @@ def warm_up_and_decay(step, n_steps):
     return min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
 
 
-def make_optimizer(model, lr):
-    """Returns Adam with strong weight decay.
-
-    Without it weights that few images use drift, until an image comes that they amplify from
-    layer to layer: one in 40,000 then costs more bits than all others together.
-    """
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.3, fused=True)
-
-
-def draw(model, n_samples=25):
-    """Samples images from the same latents whenever it is called."""
-    with torch.random.fork_rng():
-        torch.manual_seed(ARGS.seed)
-        return model.sample(n_samples)
-
-
-def evaluate(run, model, test):
-    """Evaluates a trained model on the test set, and writes every number and figure."""
-    test_bpd, stderr = test_bits_per_dim(model, test)
-    seconds = min(timeit.repeat(lambda: model.sample(1000).cpu(), number=1))
-    train_curve, val_curve = ([row[k] for row in run.history] for k in ("train_bpd", "val_bpd"))
-    below = [row["epoch"] for row in run.history if row["val_bpd"] < TARGET]
-    final = {"train_bpd": train_curve[-1], "val_bpd": val_curve[-1],
-             "test_bpd": test_bpd, "test_bpd_stderr": stderr}  # fmt: skip
-    save_bpd_plot(train_curve, val_curve, run.folder / "bpd.pdf")
-    for when in ("before", "halfway", "after"):
-        save_images(run.kept[f"samples_{when}"], run.folder / f"samples_{when}.pdf", nrow=5)
-    other = (test.labels != test.labels[0]).nonzero()[0, 0].item()
-    digit_from, digit_to = test.labels[[0, other]].tolist()
-    images = test.images[[0, other]].float()
-    title = f"from {digit_from} to {digit_to}"
-    save_interpolation(model, images, run.folder / "interpolation.pdf", title)
-    numbers = {name: f"{value:.3f}" for name, value in final.items()} | {
-        "test_bpd_stderr": f"{stderr:.4f}",
-        "epoch_below": below[0] if below else "none",
-        "digit_from": digit_from,
-        "digit_to": digit_to,
-        "sample_ms": f"{1000 * seconds:.1f}",
+def evaluate(model, test, history):
+    """Writes what the trained model is worth: numbers on the test images, figures, weights."""
+    folder = ARGS.results_dir
+    train_curve, val_curve, _ = history.values()
+    test_bpd, test_bpd_stderr = mean_bits_per_dim(model, test)
+    first, other = 0, (test.labels != test.labels[0]).nonzero()[0, 0].item()  # of two digits
+    below = [epoch for epoch, bpd in enumerate(val_curve, 1) if bpd < TARGET]
+    final = {
+        "train_bpd": train_curve[-1],
+        "val_bpd": val_curve[-1],
+        "test_bpd": test_bpd,
+        "test_bpd_stderr": test_bpd_stderr,
+        "epoch_below": below[0] if below else None,
+        "digit_from": test.labels[first].item(),
+        "digit_to": test.labels[other].item(),
+        "sample_ms": 1000 * min(timeit.repeat(lambda: model.sample(1000).cpu(), number=1)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    print(f"test_bpd {test_bpd:.3f} +- {stderr:.3f}")
-    run.finish(model, final, numbers)
+    save_bpd_plot(train_curve, val_curve, folder / "bpd.pdf")
+    save_interpolation(model, test.images[[first, other]].float(), folder / "interpolation.pdf")
+    save_results(ARGS, history, model, final)
+    print(f"test_bpd {test_bpd:.3f} +- {test_bpd_stderr:.3f}")
 
 
 def main():
-    """Trains the flow, then evaluates it."""
-    device = set_up(ARGS)
-    train, val, test = mnist(ARGS.data_dir, ARGS.batch_size, device=device, seed=ARGS.seed)
+    device = torch.device(ARGS.device)
+    torch.manual_seed(ARGS.seed)
+    data = mnist(ARGS.data_dir, ARGS.batch_size, device=device, seed=ARGS.seed)
+    if ARGS.fast_dev_run:
+        ARGS.epochs = 1
+        for loader in data:
+            loader.limit(2)
+    train, val, test = data
     model = Model(shape=[N_PIXELS]).to(device)
-    optimizer = make_optimizer(model, ARGS.lr)
-    n_steps = ARGS.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, functools.partial(warm_up_and_decay, n_steps=n_steps)
-    )
-    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    # Without decay, weights that few images use drift, until an image comes that they amplify
+    # from layer to layer: one in 40,000 then costs more bits than all others together.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ARGS.lr, weight_decay=0.3, fused=True)
+    factor = functools.partial(warm_up_and_decay, n_steps=ARGS.epochs * len(train))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    with Run(ARGS, "nf", ARGS.epochs, (train, val, test), **parts) as run:
-        run.compile(model)
-        run.keep_samples(lambda: draw(model))
-        progress = run.folder / "progress"
-        progress.mkdir(exist_ok=True)
-        for epoch in run.epochs():
-            with run.autocast():
-                train_bpd, val_bpd = run_epoch(model, (train, val), optimizer)
-            run.keep_samples(lambda: draw(model))
-            if epoch % SAVE_INTERVAL == 0:
-                save_images(draw(model), progress / f"epoch_{epoch:03d}.png", nrow=5)
-            run.finish_epoch(train_bpd=train_bpd, val_bpd=val_bpd)
-        evaluate(run, model.eval(), test)
+    history = {"train_bpd": [], "val_bpd": [], "seconds": []}
+    if ARGS.resume:
+        history = load_checkpoint(ARGS, parts, train.generator)
+    elif ARGS.precision == "auto":
+        ARGS.precision = faster_precision(ARGS, model)
+    train_curve, val_curve, seconds = history.values()
+    folder = ARGS.results_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"training on {ARGS.device} in {ARGS.precision}, results in {folder}", flush=True)
+
+    if not train_curve:
+        save_samples(model, folder / "samples_before.pdf")
+    for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
+        start = time.perf_counter()
+        train_bpd, val_bpd = run_epoch(model, (train, val), optimizer, schedule, ARGS.precision)
+        train_curve.append(train_bpd)
+        val_curve.append(val_bpd)
+        seconds.append(time.perf_counter() - start)
+
+        # Samples during training: half-way and at the end (Question 3.8)
+        if epoch == (ARGS.epochs + 1) // 2:
+            save_samples(model, folder / "samples_halfway.pdf")
+        if epoch == ARGS.epochs:
+            save_samples(model, folder / "samples_after.pdf")
+
+        save_checkpoint(ARGS, history, parts, train.generator)
+        print(f"epoch {epoch}/{ARGS.epochs}  train_bpd {train_bpd:.4f}  val_bpd {val_bpd:.4f}"
+              f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
+
+    evaluate(model.eval(), test, history)
 
 
 if __name__ == "__main__":
-    ARGS = parse_options()
-    guard(main)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = fail  # one line, where argparse would print its usage, too
+    parser.add_argument("--epochs", type=number(int), default=40, help="passes over the images")
+    parser.add_argument("--batch_size", type=number(int), default=128, help="images in a batch")
+    parser.add_argument("--lr", type=number(float), default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--seed", type=number(int, -1), default=0, help="of every random draw")
+    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help="where to run")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="of matrix products in training; auto: what is faster")  # fmt: skip
+    parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "datasets", help="data files")
+    parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--fast_dev_run", action="store_true", help="two batches: does it run?")
+
+    ARGS = parser.parse_args()
+    ARGS.results_dir = ARGS.results_dir or results_folder("nf", parser, ARGS)
+
+    with guard(ARGS):
+        main()

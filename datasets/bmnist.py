@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.mnist import DataError, Loader, load, take
+from datasets.mnist import DEFAULT_ROOT, DataError, Loader, load, take
 
 SIZES = [50_000, 10_000, 10_000]
 STATIC_SEED = 2008
@@ -44,8 +44,9 @@ class BinaryLoader(Loader):
 
 
 def bmnist(
-    root="./data/", batch_size=128, download=True, *, binarization="static", device="cpu", seed=0
-):
+    root=DEFAULT_ROOT, batch_size=128, download=True, *,
+    binarization="static", device="cpu", seed=0,
+):  # fmt: skip
     """Return the training, validation and test BinaryLoader, of 50,000, 10,000 and 10,000 images.
 
     These are the first 50,000 and the last 10,000 images of the training file, and the test file.

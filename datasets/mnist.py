@@ -18,13 +18,17 @@ import numpy as np
 import torch
 
 FILE = Path(__file__).resolve().with_name("mnist.npz")
+REMEDY = "give the folder of the repository's mnist.npz, or make it: python -m datasets.mnist"
 SHA256 = {  # of the bytes of each array
     "train_images": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
     "train_labels": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
     "test_images": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
     "test_labels": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
-MAX_SHIFT = 0.05 * 28
+DEFAULT_ROOT = "./data/"
+PADDING = 2  # pixels on each side: 5% of 28, rounded up
+PADDED = 28 + 2 * PADDING
+MAX_SHIFT = 0.05 * PADDED
 
 
 class DataError(Exception):
@@ -79,26 +83,30 @@ class Loader:
 
 
 class ShiftedLoader(Loader):
-    """A Loader that moves each image by up to 5% of 28 pixels, anew in every epoch.
+    """A Loader that moves each image by up to two pixels, anew in every epoch.
 
-    The shift is round(U(-1.4, 1.4)) pixels along either axis, as torchvision's
-    RandomAffine(0, translate=(0.05, 0.05)) draws it, and the edge pixels are repeated.
+    As the assignment's torchvision transforms do it: the edge pixels are repeated twice on each
+    side, and RandomAffine(0, translate=(0.05, 0.05)) moves what is now 32 pixels wide by
+    round(U(-1.6, 1.6)) along either axis: by -2 and 2 once in 32 times each, by -1, 0 and 1 ten
+    times in 32 each. The 28 pixels in the middle are kept.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        edge = torch.arange(-1, 29, device=self.images.device).clamp(0, 27)
+        edge = torch.arange(-PADDING, 28 + PADDING, device=self.images.device).clamp(0, 27)
         square = self.images.view(-1, 28, 28)
         padded = square.index_select(2, edge).index_select(1, edge).flatten()
         # A view, not a copy: windows[c] is the 28x28 window with its top left corner at padded[c].
-        self.windows = padded.as_strided((len(padded) - 27 * 31, 28, 28), (1, 30, 1))
+        n_corners = len(padded) - 27 * (PADDED + 1)
+        self.windows = padded.as_strided((n_corners, 28, 28), (1, PADDED, 1))
 
     def __iter__(self):
         n, device = len(self.images), self.images.device
         shifts = torch.empty(2, n, device=device)
         shifts.uniform_(-MAX_SHIFT, MAX_SHIFT, generator=self.generator)
         down, right = shifts.round().long()
-        corners = torch.arange(n, device=device) * 900 + (1 - down) * 30 + (1 - right)
+        corners = torch.arange(n, device=device) * PADDED**2
+        corners += (PADDING - down) * PADDED + (PADDING - right)
         for rows in self.rows():
             images = self.windows.index_select(0, take(corners, rows))
             yield images.flatten(1).float(), take(self.labels, rows)
@@ -110,20 +118,20 @@ def take(tensor, rows):
 
 
 def mnist(
-    root="./data/", batch_size=128, download=True, *,
+    root=DEFAULT_ROOT, batch_size=128, download=True, *,
     n_train=40_000, shift=True, drop_last=False, device="cpu", seed=0,
 ):  # fmt: skip
     """Return the training, validation and test Loader of MNIST in grey values 0..255.
 
     Args:
-        root: a folder whose `mnist.npz`, if it has one, is read in place of the repository's.
+        root: the folder of `mnist.npz`; where "./data/" has none, the repository's is read.
         download: without effect, because the data come with the repository.
         n_train: train on the first `n_train` images and validate on the 10,000 after them.
         shift: shift the training images at random (ShiftedLoader).
         drop_last: leave out the last training batch if it is not full.
         seed: of the order and the shifts of the training images.
 
-    Raises DataError for a damaged `mnist.npz` and for an impossible `n_train` or `batch_size`.
+    Raises DataError for a missing or damaged file and an impossible `n_train` or `batch_size`.
     """
     if not 1 <= n_train <= 50_000:
         raise DataError(f"the number of training images must be in 1..50000, not {n_train}")
@@ -137,13 +145,17 @@ def mnist(
     return train_loader, val_loader, test_loader
 
 
-def load(root="./data/"):
+def load(root=DEFAULT_ROOT):
     """Return the images of the training and then the test file, uint8 `[70000, 784]`, and labels.
 
     The labels are int64 `[70000]`. Raises DataError if the file is missing or damaged.
     """
     path = Path(root, FILE.name)
-    return _read(path.resolve() if path.is_file() else FILE)
+    if path.is_file():
+        return _read(path.resolve())
+    if root == DEFAULT_ROOT:
+        return _read(FILE)
+    raise DataError(f"{path} is missing; {REMEDY}")
 
 
 @functools.cache
@@ -153,10 +165,7 @@ def _read(path):
             arrays = {name: archive[name] for name in SHA256}
         verify(arrays)
     except Exception as error:  # a damaged archive fails in a dozen ways, with one remedy
-        remedy = f"remove it, and {FILE} will be read"
-        if path == FILE:
-            remedy = "run `git checkout -- datasets/mnist.npz` or `python -m datasets.mnist`"
-        raise DataError(f"{path}: {textwrap.shorten(str(error), 200)}; {remedy}") from error
+        raise DataError(f"{path}: {textwrap.shorten(str(error), 200)}; {REMEDY}") from error
     images = np.concatenate([arrays["train_images"], arrays["test_images"]]).reshape(-1, 784)
     labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
     return torch.from_numpy(images), torch.from_numpy(labels).long()
