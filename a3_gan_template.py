@@ -10,14 +10,13 @@ and look into results/gan. `--help` lists the options.
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
-import itertools
 import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
 import timeit
@@ -29,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -62,8 +60,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Tells images of the data from images of the generator.
 
-    Dropout keeps it from learning the training images by heart, after which it would hold
-    every image it has not seen, the generator's best ones too, for a fake.
+    Without dropout it learns the training images by heart, and then takes any other image, however
+    good, for a fake.
     """
 
     def __init__(self, dropout=0.3):
@@ -95,27 +93,17 @@ def value_function(real_logits, fake_logits):
 def generator_loss(fake_logits):
     """Returns the non-saturating loss -E[log D(G(z))] in nats (paper, end of section 3).
 
-    Where D sees through the generator, D(G(z)) = sigmoid(l) near 0, the gradient of
-    log(1 - D(G(z))) to l is -D(G(z)) and vanishes; that of -log D(G(z)) is D(G(z)) - 1.
+    Where D sees through the generator, D(G(z)) = sigmoid(l) near 0, the derivative of
+    log(1 - D(G(z))) in l is -D(G(z)) and vanishes; that of -log D(G(z)) is D(G(z)) - 1.
     """
     return -F.logsigmoid(fake_logits).mean()
 
 
 # ------------------------------------ Evaluation ------------------------------------
-def to_generator_range(pixels):
-    """Maps grey values 0..255 to the generator's range [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_unit_range(images):
-    """Maps images in the generator's range [-1, 1] to [0, 1], where distances are measured."""
-    return (images + 1) / 2
-
-
 @torch.no_grad()
-def sample_images(generator, z, rows=1000):
-    """Returns the images `[n, 784]` in [0, 1] of latents `[n, latent_dim]`."""
-    return torch.cat([to_unit_range(generator(part)) for part in z.split(rows)])
+def sample_images(generator, z):
+    """Returns the images `[n, 784]` of latents `[n, latent_dim]`, with pixels in [0, 1]."""
+    return (generator(z) + 1) / 2
 
 
 def squared_distances(a, b):
@@ -232,15 +220,14 @@ def interpolate(z_from, z_to, n_images=9):
 
 # ------------------------------------ Figures ------------------------------------
 def save_training_plot(history, filename):
-    """Plots the value and the discriminator's mean outputs by epoch, with where they head for."""
+    """Plots V and the mean outputs of D by epoch; dashed: their values at the equilibrium."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(5.5, 2.2), layout="constrained")
-    epochs = range(1, len(history["value"]) + 1)
-    marker = "." if len(epochs) < 3 else None
-    left.plot(epochs, history["value"], marker=marker)
+    marker = "." if len(history["epoch"]) == 1 else None
+    left.plot(history["epoch"], history["value"], marker=marker)
     left.axhline(-math.log(4), color="0.5", ls="--", label=r"$-\log 4$")
     left.set(xlabel="epoch", ylabel="V(D, G) (nats)")
     for name, label in (("d_real", "D(x)"), ("d_fake", "D(G(z))")):
-        right.plot(epochs, history[name], marker=marker, label=label)
+        right.plot(history["epoch"], history[name], marker=marker, label=label)
     right.axhline(0.5, color="0.5", ls="--", label="1/2")
     right.set(xlabel="epoch", ylabel="mean output of D", ylim=(0, 1))
     for axes in (left, right):
@@ -264,50 +251,51 @@ def decay(step, n_steps):
 
 
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
-    """Trains both networks (paper, Algorithm 1, with one discriminator step).
+    """Trains both networks by turns (paper, Algorithm 1, k = 1, with the same noise for both).
 
-    Returns the generator with averaged weights, and the means over each epoch of V, both losses,
-    D(x) and D(G(z)), by name. A value that is not finite is a FloatingPointError.
+    Returns the generator with averaged weights, which `evaluate` saves for use in the report, and
+    the means over each epoch of V, both losses, D(x) and D(G(z)), by name. A value that is not
+    finite is a FloatingPointError.
     """
     n_steps = ARGS.n_epochs * len(dataloader)
     factor = functools.partial(decay, n_steps=n_steps)
     schedule_G, schedule_D = LambdaLR(optimizer_G, factor), LambdaLR(optimizer_D, factor)
-    # Two adversaries circle around the solution more than they approach it; the average over the
-    # last tenth of the way lies closer. Samples come from it, and training never sees it.
-    horizon = max(1000, 0.1 * n_steps)
-    average_of = get_ema_multi_avg_fn(1 - 1 / (1 + horizon))
-    average = AveragedModel(generator, multi_avg_fn=average_of, use_buffers=True).eval()
+    # Two adversaries circle around the solution more than they approach it; the average of the
+    # last part of the way lies closer. Samples come from it, and training never sees it.
+    average = copy.deepcopy(generator).eval()
+    weights, averaged = generator.state_dict().values(), average.state_dict().values()
 
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
              "schedule_G": schedule_G, "schedule_D": schedule_D}  # fmt: skip
-    history = {"value": [], "loss_d": [], "loss_g": [], "d_real": [], "d_fake": [], "seconds": []}
+    columns = ("epoch", "value", "loss_d", "loss_g", "d_real", "d_fake", "seconds")
+    history = {name: [] for name in columns}
     if ARGS.resume:
         history = load_checkpoint(ARGS, parts, dataloader.generator)
     elif ARGS.precision == "auto":
-        ARGS.precision = faster_precision(ARGS, generator, discriminator)
+        ARGS.precision = faster_precision(ARGS)
     folder, bfloat16 = ARGS.results_dir, ARGS.precision == "bfloat16"
     (folder / "progress").mkdir(parents=True, exist_ok=True)
     print(f"training on {ARGS.device} in {ARGS.precision}, results in {folder}", flush=True)
 
     z = torch.randn(25, generator.latent_dim, generator=torch.Generator().manual_seed(ARGS.seed))
     z = z.to(ARGS.device)  # of all the sample grids
-    if not history["value"]:
+    if not history["epoch"]:
         for stale in (folder / "progress").glob("*.png"):
             stale.unlink()
         save_images(sample_images(average, z), folder / "samples_before.pdf", nrow=5)
 
-    for epoch in range(len(history["value"]) + 1, ARGS.n_epochs + 1):
+    for epoch in range(len(history["epoch"]) + 1, ARGS.n_epochs + 1):
         start, metrics, sizes = time.perf_counter(), [], []
         generator.train()
         discriminator.train()
         for i, (pixels, _) in enumerate(tqdm(dataloader, leave=False, disable=None), 1):
-            real = to_generator_range(pixels)
+            real = pixels / 127.5 - 1  # grey values 0..255 to the generator's range
 
             # Train Discriminator (before the generator, as in Algorithm 1)
             # -------------------
-            # An autocast context lasts for one update: it keeps the bfloat16 copies of weights
-            # that it has made, and around both it would go on with those of before the first.
+            # One context an update: it keeps the bfloat16 copies of the weights that it has made,
+            # and around several updates it would go on computing with the first weights.
             with torch.autocast(ARGS.device, torch.bfloat16, bfloat16):
                 fake = generator(torch.randn(len(real), generator.latent_dim, device=real.device))
                 # It ascends V; the fake images are constants to it.
@@ -321,19 +309,25 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
             # Train Generator
             # ---------------
-            # It answers the improved discriminator with the same images, whose graph is still
-            # there. No gradient to the discriminator's weights is computed.
+            # The improved discriminator judges the same images, whose graph is still there; its
+            # own weights get no gradient.
             with torch.autocast(ARGS.device, torch.bfloat16, bfloat16):
                 loss_g = generator_loss(discriminator.logits(fake))
             optimizer_G.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))
             optimizer_G.step()
             schedule_G.step()
-            average.update_parameters(generator)
+
+            # Average Generator (over about the last fifth of the batches so far)
+            # -----------------
+            # Polynomial-decay averaging (Shamir & Zhang, 2013, with eta = 4).
+            batches_done = (epoch - 1) * len(dataloader) + i
+            for mean, new in zip(averaged, weights, strict=True):
+                if new.is_floating_point():  # all but batch normalisation's counters
+                    mean.lerp_(new, 5 / (4 + batches_done))
 
             # Save Images
             # -----------
-            batches_done = (epoch - 1) * len(dataloader) + i
             if batches_done % ARGS.save_interval == 0:
                 images = sample_images(average, z).view(-1, 1, 28, 28)
                 with replacing(folder / "progress" / f"{batches_done:06d}.png") as path:
@@ -344,17 +338,17 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
                 metrics.append(torch.stack([value, -value, loss_g, d_real, d_fake]))
             sizes.append(len(real))
 
-        row = [*epoch_mean(metrics, sizes), time.perf_counter() - start]
-        for name, number_of_epoch in zip(history, row, strict=True):
-            history[name].append(number_of_epoch)
+        row = [epoch, *epoch_mean(metrics, sizes), time.perf_counter() - start]
+        for column, entry in zip(history.values(), row, strict=True):
+            column.append(entry)
         if epoch == (ARGS.n_epochs + 1) // 2:
             save_images(sample_images(average, z), folder / "samples_halfway.pdf", nrow=5)
         if epoch == ARGS.n_epochs:
             save_images(sample_images(average, z), folder / "samples_after.pdf", nrow=5)
         save_checkpoint(ARGS, history, parts, dataloader.generator)
-        shown = "  ".join(f"{name} {curve[-1]:.4g}" for name, curve in history.items())
-        print(f"epoch {epoch}/{ARGS.n_epochs}  {shown}", flush=True)
-    return average.module, history
+        shown = "  ".join(f"{name} {history[name][-1]:.4f}" for name in columns[1:-1])
+        print(f"epoch {epoch}/{ARGS.n_epochs}  {shown}  {row[-1]:.1f} s", flush=True)
+    return average, history
 
 
 # >>> shared block: the same characters in all three scripts >>>
@@ -371,14 +365,15 @@ def fail(message, status=2):
 
 
 def number(kind, above=0):
-    """Returns an argparse type: a finite number of a `kind`, int or float, above a bound."""
+    """Returns an argparse type: a number of a `kind`, int or float, above a bound and finite."""
+    name, below = {int: ("whole number", 2**63), float: ("number", math.inf)}[kind]
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if above < (value := kind(text)) < 2**63:  # nan is not
+            if above < (value := kind(text)) < below:  # nan is not
                 return value
-        wanted = f"a {'whole ' * (kind is int)}number above {above}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
+        wanted = f"give a {name} above {above} and below {below}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {wanted}")
 
     return parse
 
@@ -397,23 +392,24 @@ def results_folder(name, parser, args):
     return REPOSITORY / "results" / name
 
 
-def faster_precision(args, *networks):
-    """Returns "bfloat16" if the networks' matrix products take clearly less time in it here.
+def faster_precision(args):
+    """Returns "bfloat16" if a product of the networks' size takes clearly less time in it here.
 
-    No processor flag tells. The two take turns and the best time of each counts, so that other
-    work on the machine does not decide.
+    Measured, because no processor flag tells; by turns, on one thread and by the best time, so
+    that a machine which is busy with other work gives the same answer.
     """
     if args.device == "cuda":
         return "bfloat16"
-    weights = [w.detach().flatten(1) for net in networks for w in net.parameters() if w.dim() > 1]
-    inputs = [torch.ones(args.batch_size, weight.shape[1]) for weight in weights]
+    x, weight = torch.ones(args.batch_size, 1024), torch.ones(1024, 1024)
     best = {"float32": math.inf, "bfloat16": math.inf}
-    for precision in 10 * list(best):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for precision in 20 * list(best):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
-            for x, weight in zip(inputs, weights, strict=True):
-                F.linear(x, weight)
+            F.linear(x, weight)
         best[precision] = min(best[precision], time.perf_counter() - start)
+    torch.set_num_threads(n_threads)
     return "bfloat16" if best["bfloat16"] < 0.8 * best["float32"] else "float32"
 
 
@@ -430,9 +426,10 @@ def replacing(path):
 
 def save_figure(figure, filename):
     """Saves a figure as PDF, for the report, and as PNG, to look at."""
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", None)):
+    for suffix in (".pdf", ".png"):
         with replacing(Path(filename).with_suffix(suffix)) as path:
-            figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+            # Without a date, the same figure is the same file.
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata={"CreationDate": None})
     plt.close(figure)
 
 
@@ -448,23 +445,21 @@ def epoch_mean(losses, sizes):
 def save_checkpoint(args, history, parts, generator):
     """Writes metrics.csv and checkpoint.pt, each whole or not at all.
 
-    `history` has lists by name, with a number for each epoch; `parts` are what training changes;
+    `history` has the columns of metrics.csv by name, `parts` are what training changes, and
     `generator` orders the images. A weight that is not finite is a FloatingPointError.
     """
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(w.isfinite().all() for net in networks for w in net.state_dict().values()):
-        epoch = len(history["seconds"])
-        raise FloatingPointError(f"epoch {epoch} ends with weights that are not finite")
+        raise FloatingPointError(f"epoch {history['epoch'][-1]} ends with non-finite weights")
     for stale in ("summary.json", "weights.pt"):  # of earlier weights
         (args.results_dir / stale).unlink(missing_ok=True)
     with replacing(args.results_dir / "metrics.csv") as path, path.open("w", newline="") as file:
-        csv.writer(file).writerow(["epoch", *history])
-        csv.writer(file).writerows(zip(itertools.count(1), *history.values(), strict=False))
+        csv.writer(file).writerows([history, *zip(*history.values(), strict=True)])
     cuda = torch.cuda.get_rng_state_all() if args.device == "cuda" else []
     rng = {"loader": generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"options": shaping_options(args), "history": history, "parts": states, "rng": rng}
-    # Last, since a resumed run writes whatever comes after it anew.
+    # Last: a run that ends before it is resumed one epoch earlier, and writes the rest again.
     with replacing(args.results_dir / "checkpoint.pt") as path:
         torch.save(state, path)
 
@@ -498,7 +493,7 @@ def save_results(args, history, model, final):
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "epoch_seconds": statistics.median(history["seconds"]),
+        "epoch_seconds": torch.tensor(history["seconds"]).median().item(),
         "training_seconds": sum(history["seconds"]),
         "final": final,
     }
@@ -516,31 +511,30 @@ def guard(args):
     except DataError as error:
         fail(error)
     except OSError as error:
-        fail(f"--results_dir {args.results_dir} cannot be written: {error.strerror}")
+        fail(f"--results_dir {args.results_dir} cannot be written: {error.strerror or error}")
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
-        kept = f"{path} keeps the last good epoch" if path.is_file() else "no epoch was saved"
-        message, status = (error, 1) if str(error) else ("interrupted", 130)
-        fail(f"{message}; {kept}", status)
+        kept = f"{path} has the last epoch saved there" if path.is_file() else "no epoch was saved"
+        if isinstance(error, KeyboardInterrupt):
+            fail(f"interrupted; {kept}", status=130)
+        fail(f"{error}; {kept}", status=1)
 
 
 # <<< shared block <<<
 
 
 def evaluate(generator, discriminator, loaders, history):
-    """Writes what the trained generator is worth: numbers, figures, weights."""
+    """Measures the trained generator; writes numbers, figures and weights."""
     folder = ARGS.results_dir
     final, ends, digits = judge(generator, *loaders, ARGS.eval_samples)
     z = torch.randn(1000, generator.latent_dim, device=ends.device)
-    seconds = min(timeit.repeat(lambda: sample_images(generator, z).cpu(), number=1))
-    final |= {name: curve[-1] for name, curve in history.items() if name != "seconds"} | {
-        "eval_samples": ARGS.eval_samples,
-        "digit_from": digits[0],
-        "digit_to": digits[1],
-        "sample_ms": 1000 * seconds,
+    final |= {name: history[name][-1] for name in ("value", "loss_d", "loss_g", "d_real", "d_fake")}
+    final |= {
+        "eval_samples": ARGS.eval_samples, "digit_from": digits[0], "digit_to": digits[1],
         "generator_parameters": sum(p.numel() for p in generator.parameters()),
         "discriminator_parameters": sum(p.numel() for p in discriminator.parameters()),
-    }
+        "sample_ms": 1000 * min(timeit.repeat(lambda: sample_images(generator, z).cpu(), number=1)),
+    }  # fmt: skip
     save_training_plot(history, folder / "training.pdf")
     steps = sample_images(generator, interpolate(*ends))
     save_images(steps, folder / "interpolation.pdf", nrow=9)

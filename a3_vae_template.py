@@ -12,12 +12,10 @@ and look into results/vae and results/vae_zdim2. `--help` lists the options.
 import argparse
 import contextlib
 import csv
-import itertools
 import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
 import timeit
@@ -139,29 +137,26 @@ def mean_losses(model, data):
 
 
 @torch.no_grad()
-def importance_log_likelihood(model, images, n_samples, rows=4000):
+def importance_log_likelihood(model, images, n_samples):
     """Estimates log p(x) of each image, `[batch]` in nats, with `n_samples` latents from q(z|x).
 
     log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) (Burda et al., 2016, equation 8): a lower bound in
-    expectation that rises to log p(x) with K. `rows` bounds the images decoded at once.
+    expectation that rises to log p(x) with K.
     """
     mean, std = model.encoder(images)
-    x = images.flatten(1)
-    log_weights = []
-    chunk = max(1, rows // len(images))
-    for start in range(0, n_samples, chunk):
-        noise = torch.randn(min(chunk, n_samples - start), *mean.shape, device=mean.device)
-        z = mean + std * noise
-        # log p(z) - log q(z|x): the normalisers cancel, and (z - mean) / std is the noise.
-        log_prior_ratio = (0.5 * (noise**2 - z**2) + std.log()).sum(dim=-1)
-        log_weights.append(bernoulli_log_likelihood(model.decoder.logits(z), x) + log_prior_ratio)
-    return torch.cat(log_weights).logsumexp(dim=0) - math.log(n_samples)
+    noise = torch.randn(n_samples, *mean.shape, device=mean.device)
+    z = mean + std * noise
+    # log p(z) - log q(z|x): the normalisers cancel, and (z - mean) / std is the noise.
+    log_prior_ratio = (0.5 * (noise**2 - z**2) + std.log()).sum(dim=-1)
+    log_likelihood = bernoulli_log_likelihood(model.decoder.logits(z), images.flatten(1))
+    return (log_likelihood + log_prior_ratio).logsumexp(dim=0) - math.log(n_samples)
 
 
 def mean_log_likelihood(model, data, n_samples):
     """Returns the importance-sampled log p(x) averaged over a loader, in nats."""
-    images = tqdm(data.images.split(20), desc="log p(x)", leave=False, disable=None)
-    log_px = [importance_log_likelihood(model, x.float(), n_samples) for x in images]
+    parts = data.images.split(max(1, 4000 // n_samples))  # about 4,000 latents at once
+    parts = tqdm(parts, desc="log p(x)", leave=False, disable=None)
+    log_px = [importance_log_likelihood(model, x.float(), n_samples) for x in parts]
     return torch.cat(log_px).mean().item()
 
 
@@ -171,16 +166,16 @@ def save_elbo_plot(train_curve, val_curve, filename):
     figure, axes = plt.subplots(figsize=(4.6, 2.4))
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
-        axes.plot(epochs, curve, label=label, marker="." if len(epochs) < 3 else None)
-    # The first epochs would squeeze the rest of the curves into a line at the top.
-    axes.set_ylim(bottom=min(min(val_curve), train_curve[min(1, len(train_curve) - 1)]) - 2)
+        axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
+    if len(epochs) > 1:  # the first training value would squeeze the rest into a line at the top
+        axes.set_ylim(bottom=val_curve[0] - 2)
     axes.set(xlabel="epoch", ylabel="ELBO (nats)")
     axes.legend(frameon=False, loc="lower right")
     save_figure(figure, filename)
 
 
 def save_samples(model, filename, n_samples=25):
-    """Saves samples and, to the right, their Bernoulli means, of the same latents each time."""
+    """Saves samples on the left and their Bernoulli means on the right, of always the same z."""
     with torch.random.fork_rng():  # looking at samples must not change the training
         torch.manual_seed(ARGS.seed)
         pair = model.sample(n_samples)
@@ -205,7 +200,7 @@ def save_manifold(model, filename, n_side=20):
     means = model.decoder(z.to(model.decoder.output.weight.device)).view(-1, 1, 28, 28)
     figure, axes = plt.subplots(figsize=(5, 5))
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
-    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     ticks = np.arange(0, n_side, 4)
     axes.set_xticks(28 * ticks + 14, [f"{quantiles[i]:.2f}" for i in ticks])
     axes.set_yticks(28 * ticks + 14, [f"{quantiles[::-1][i]:.2f}" for i in ticks])
@@ -218,12 +213,9 @@ def save_latent_space(model, data, filename):
     """Saves the posterior means of a loader's images in the 2-d latent plane, coloured by digit."""
     mean = model.encoder(data.images.float())[0].cpu().numpy()
     figure, axes = plt.subplots(figsize=(4.6, 3.8))
-    colours = {}
-    if data.labels is not None:  # Larochelle's files have none
-        colours = {"c": data.labels.cpu().numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+    colours = {"c": data.labels.cpu().numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
     points = axes.scatter(*mean.T, s=2, lw=0, **colours)
-    if colours:
-        figure.colorbar(points, ticks=range(10), label="digit")
+    figure.colorbar(points, ticks=range(10), label="digit")
     axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
     save_figure(figure, filename)
 
@@ -238,7 +230,7 @@ def epoch_iter(model, data, optimizer, schedule=None, precision="float32"):
     losses, sizes = [], []
     for images in tqdm(data, leave=False, disable=None):
         mixed = torch.autocast(images.device.type, torch.bfloat16, precision == "bfloat16")
-        # A context a step: it keeps the bfloat16 copies of the weights that it has made, and
+        # One context a step: it keeps the bfloat16 copies of the weights that it has made, and
         # around several steps it would go on computing with the weights of the first.
         with mixed, torch.set_grad_enabled(model.training):
             loss = model(images)
@@ -282,14 +274,15 @@ def fail(message, status=2):
 
 
 def number(kind, above=0):
-    """Returns an argparse type: a finite number of a `kind`, int or float, above a bound."""
+    """Returns an argparse type: a number of a `kind`, int or float, above a bound and finite."""
+    name, below = {int: ("whole number", 2**63), float: ("number", math.inf)}[kind]
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if above < (value := kind(text)) < 2**63:  # nan is not
+            if above < (value := kind(text)) < below:  # nan is not
                 return value
-        wanted = f"a {'whole ' * (kind is int)}number above {above}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
+        wanted = f"give a {name} above {above} and below {below}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {wanted}")
 
     return parse
 
@@ -308,23 +301,24 @@ def results_folder(name, parser, args):
     return REPOSITORY / "results" / name
 
 
-def faster_precision(args, *networks):
-    """Returns "bfloat16" if the networks' matrix products take clearly less time in it here.
+def faster_precision(args):
+    """Returns "bfloat16" if a product of the networks' size takes clearly less time in it here.
 
-    No processor flag tells. The two take turns and the best time of each counts, so that other
-    work on the machine does not decide.
+    Measured, because no processor flag tells; by turns, on one thread and by the best time, so
+    that a machine which is busy with other work gives the same answer.
     """
     if args.device == "cuda":
         return "bfloat16"
-    weights = [w.detach().flatten(1) for net in networks for w in net.parameters() if w.dim() > 1]
-    inputs = [torch.ones(args.batch_size, weight.shape[1]) for weight in weights]
+    x, weight = torch.ones(args.batch_size, 1024), torch.ones(1024, 1024)
     best = {"float32": math.inf, "bfloat16": math.inf}
-    for precision in 10 * list(best):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for precision in 20 * list(best):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
-            for x, weight in zip(inputs, weights, strict=True):
-                F.linear(x, weight)
+            F.linear(x, weight)
         best[precision] = min(best[precision], time.perf_counter() - start)
+    torch.set_num_threads(n_threads)
     return "bfloat16" if best["bfloat16"] < 0.8 * best["float32"] else "float32"
 
 
@@ -341,9 +335,10 @@ def replacing(path):
 
 def save_figure(figure, filename):
     """Saves a figure as PDF, for the report, and as PNG, to look at."""
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", None)):
+    for suffix in (".pdf", ".png"):
         with replacing(Path(filename).with_suffix(suffix)) as path:
-            figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+            # Without a date, the same figure is the same file.
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata={"CreationDate": None})
     plt.close(figure)
 
 
@@ -359,23 +354,21 @@ def epoch_mean(losses, sizes):
 def save_checkpoint(args, history, parts, generator):
     """Writes metrics.csv and checkpoint.pt, each whole or not at all.
 
-    `history` has lists by name, with a number for each epoch; `parts` are what training changes;
+    `history` has the columns of metrics.csv by name, `parts` are what training changes, and
     `generator` orders the images. A weight that is not finite is a FloatingPointError.
     """
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not all(w.isfinite().all() for net in networks for w in net.state_dict().values()):
-        epoch = len(history["seconds"])
-        raise FloatingPointError(f"epoch {epoch} ends with weights that are not finite")
+        raise FloatingPointError(f"epoch {history['epoch'][-1]} ends with non-finite weights")
     for stale in ("summary.json", "weights.pt"):  # of earlier weights
         (args.results_dir / stale).unlink(missing_ok=True)
     with replacing(args.results_dir / "metrics.csv") as path, path.open("w", newline="") as file:
-        csv.writer(file).writerow(["epoch", *history])
-        csv.writer(file).writerows(zip(itertools.count(1), *history.values(), strict=False))
+        csv.writer(file).writerows([history, *zip(*history.values(), strict=True)])
     cuda = torch.cuda.get_rng_state_all() if args.device == "cuda" else []
     rng = {"loader": generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
     states = {name: part.state_dict() for name, part in parts.items()}
     state = {"options": shaping_options(args), "history": history, "parts": states, "rng": rng}
-    # Last, since a resumed run writes whatever comes after it anew.
+    # Last: a run that ends before it is resumed one epoch earlier, and writes the rest again.
     with replacing(args.results_dir / "checkpoint.pt") as path:
         torch.save(state, path)
 
@@ -409,7 +402,7 @@ def save_results(args, history, model, final):
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "epoch_seconds": statistics.median(history["seconds"]),
+        "epoch_seconds": torch.tensor(history["seconds"]).median().item(),
         "training_seconds": sum(history["seconds"]),
         "final": final,
     }
@@ -427,82 +420,80 @@ def guard(args):
     except DataError as error:
         fail(error)
     except OSError as error:
-        fail(f"--results_dir {args.results_dir} cannot be written: {error.strerror}")
+        fail(f"--results_dir {args.results_dir} cannot be written: {error.strerror or error}")
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
-        kept = f"{path} keeps the last good epoch" if path.is_file() else "no epoch was saved"
-        message, status = (error, 1) if str(error) else ("interrupted", 130)
-        fail(f"{message}; {kept}", status)
+        kept = f"{path} has the last epoch saved there" if path.is_file() else "no epoch was saved"
+        if isinstance(error, KeyboardInterrupt):
+            fail(f"interrupted; {kept}", status=130)
+        fail(f"{error}; {kept}", status=1)
 
 
 # <<< shared block <<<
 
 
-def evaluate(model, data, history):
-    """Writes what the trained model is worth: numbers on the test images, figures, weights."""
-    folder, (_, val, test) = ARGS.results_dir, data
-    train_curve, val_curve, _ = history.values()
+def evaluate(model, val, test, history):
+    """Measures the trained model on the test images; writes numbers, figures and weights."""
+    folder = ARGS.results_dir
+    train_curve, val_curve = history["train_elbo"], history["val_elbo"]
     reconstruction, kl = mean_losses(model, test)
     final = {
-        "train_elbo": train_curve[-1],
-        "val_elbo": val_curve[-1],
-        "test_elbo": -reconstruction - kl,
-        "test_reconstruction": reconstruction,
-        "test_kl": kl,
+        "train_elbo": train_curve[-1], "val_elbo": val_curve[-1], "test_elbo": -reconstruction - kl,
+        "test_reconstruction": reconstruction, "test_kl": kl, "iw_samples": ARGS.iw_samples,
         "test_log_px": mean_log_likelihood(model, test, ARGS.iw_samples),
-        "iw_samples": ARGS.iw_samples,
         "sample_ms": 1000 * min(timeit.repeat(lambda: model.sample(1000)[0].cpu(), number=1)),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    torch.manual_seed(ARGS.seed)  # the random weights again, of which Question 1.13 asks
+    }  # fmt: skip
+    torch.manual_seed(ARGS.seed)  # the random weights again, which a resumed run has not seen
     untrained = VAE(z_dim=ARGS.zdim).to(ARGS.device).eval()
     final["initial_elbo"] = epoch_iter(untrained, val, optimizer=None)
     save_elbo_plot(train_curve, val_curve, folder / "elbo.pdf")
     if ARGS.zdim == 2:
         save_manifold(model, folder / "manifold.pdf")
+    if ARGS.zdim == 2 and test.labels is not None:  # Larochelle's files have none
         save_latent_space(model, test, folder / "latent_space.pdf")
     save_results(ARGS, history, model, final)
     print(f"test_elbo {final['test_elbo']:.2f}  test_log_px {final['test_log_px']:.2f}  (nats)")
 
 
 def main():
-    device = torch.device(ARGS.device)
     torch.manual_seed(ARGS.seed)
     data = bmnist(ARGS.data_dir, ARGS.batch_size, binarization=ARGS.binarization,
-                  device=device, seed=ARGS.seed)  # fmt: skip
+                  device=ARGS.device, seed=ARGS.seed)  # fmt: skip
     if ARGS.fast_dev_run:
         ARGS.epochs = 1
         for loader in data:
             loader.limit(2)
     train, val, test = data
-    model = VAE(z_dim=ARGS.zdim).to(device)
-    # Weight decay for the weights that read the pixels alone: it is the encoder that overfits. It
-    # can tell the training images apart by single pixels, while the decoder has to explain every
-    # code between theirs, too.
-    reading = model.encoder.hidden.weight
-    others = [parameter for parameter in model.parameters() if parameter is not reading]
-    groups = [{"params": [reading], "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
+    model = VAE(z_dim=ARGS.zdim).to(ARGS.device)
+    # Weight decay for the first layer alone, for it is the encoder that overfits: single pixels
+    # tell it the training images apart, while the decoder has to explain the codes between, too.
+    first = model.encoder.hidden.weight
+    others = [parameter for parameter in model.parameters() if parameter is not first]
+    groups = [{"params": [first], "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=ARGS.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ARGS.epochs * len(train))
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = {"train_elbo": [], "val_elbo": [], "seconds": []}
+    history = {"epoch": [], "train_elbo": [], "val_elbo": [], "seconds": []}
     if ARGS.resume:
         history = load_checkpoint(ARGS, parts, train.generator)
     elif ARGS.precision == "auto":
-        ARGS.precision = faster_precision(ARGS, model)
-    train_curve, val_curve, seconds = history.values()
+        ARGS.precision = faster_precision(ARGS)
+    # The lists of the history themselves: what is appended to them is saved with it.
+    epochs, train_curve, val_curve, seconds = history.values()
     folder = ARGS.results_dir
     folder.mkdir(parents=True, exist_ok=True)
     print(f"training on {ARGS.device} in {ARGS.precision}, results in {folder}", flush=True)
 
-    if not train_curve:
+    if not epochs:
         val_elbo = epoch_iter(model.eval(), val, optimizer)
         print(f"epoch 0/{ARGS.epochs}  val_elbo {val_elbo:.2f} with random weights", flush=True)
         save_samples(model, folder / "samples_before.pdf")
-    for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
+    for epoch in range(len(epochs) + 1, ARGS.epochs + 1):
         start = time.perf_counter()
         train_elbo, val_elbo = run_epoch(model, (train, val), optimizer, schedule, ARGS.precision)
+        epochs.append(epoch)
         train_curve.append(train_elbo)
         val_curve.append(val_elbo)
         seconds.append(time.perf_counter() - start)
@@ -519,7 +510,7 @@ def main():
         print(f"epoch {epoch}/{ARGS.epochs}  train_elbo {train_elbo:.2f}  val_elbo {val_elbo:.2f}"
               f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
 
-    evaluate(model.eval(), (train, val, test), history)
+    evaluate(model.eval(), val, test, history)
 
 
 if __name__ == "__main__":
@@ -532,7 +523,7 @@ if __name__ == "__main__":
     parser.add_argument("--binarization", default="static", help="how grey images become binary",
                         choices=["static", "dynamic", "larochelle"])  # fmt: skip
     parser.add_argument("--batch_size", type=number(int), default=64, help="images in a batch")
-    parser.add_argument("--lr", type=number(float), default=3e-3, help="learning rate of Adam")
+    parser.add_argument("--lr", type=number(float), default=3e-3, help="highest of the schedule")
     parser.add_argument("--seed", type=number(int, -1), default=0, help="of every random draw")
     parser.add_argument("--iw_samples", type=number(int), default=1000, help="latents for log p(x)")
     parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help="where to run")

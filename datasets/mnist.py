@@ -151,7 +151,7 @@ def load(root=DEFAULT_ROOT):
     The labels are int64 `[70000]`. Raises DataError if the file is missing or damaged.
     """
     path = Path(root, FILE.name)
-    if path.is_file():
+    if os.path.isfile(path):  # which no name is too long for
         return _read(path.resolve())
     if root == DEFAULT_ROOT:
         return _read(FILE)

@@ -1,4 +1,4 @@
-"""Make LASTNAME_assignment3.zip: the report's PDF and all Python code that git tracks.
+"""Make LASTNAME_assignment3.zip: the report's PDF, the code, and all that it needs to run.
 
 The last name comes from the environment variable LASTNAME (`make zip LASTNAME=doe`).
 """
@@ -12,6 +12,10 @@ import zipfile
 
 REPORT = pathlib.Path(__file__).resolve().parent
 ROOT = REPORT.parent
+# Of what git tracks: all Python, the data, and what the README's commands take.
+WANTED = ["*.py", "datasets", "requirements.txt", "tests/requirements-dev.txt", "README.md",
+          "LICENSE", "Makefile"]  # fmt: skip
+NEEDED = ["report/report.pdf", "datasets/mnist.npz", "requirements.txt"]
 
 
 def main():
@@ -21,22 +25,23 @@ def main():
             f"zip: LASTNAME must be of letters, digits, - and _, the first a letter or digit, "
             f"and not {name!r}; for example: make zip LASTNAME=doe"
         )
-    if not (REPORT / "report.pdf").is_file():
-        sys.exit("zip: report/report.pdf is missing; run `make` in report/ first")
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "-z", *WANTED]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
-        sys.exit("zip: the list of Python files comes from git, and this is no git checkout")
-    code = [path for path in listing.stdout.split("\0") if path and (ROOT / path).is_file()]
+        sys.exit("zip: the list of files comes from git, and this is no git checkout")
+    paths = [path for path in listing.stdout.split("\0") if path and (ROOT / path).is_file()]
+    paths = sorted({"report/report.pdf", *paths})
+    for path in NEEDED:
+        if path not in paths or not (ROOT / path).is_file():
+            sys.exit(f"zip: {path} is missing; `make report` and git bring what is to be packed")
 
     target = REPORT / f"{name}_assignment3.zip"
     partial = target.with_suffix(".part")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in ["report/report.pdf", *code]:
+        for path in paths:
             archive.write(ROOT / path, path)
     partial.replace(target)
-    print(f"{target.name}: report.pdf and {len(code)} Python files")
+    print(f"report/{target.name}: the report, the code and its data, {len(paths)} files")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,23 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")
 # The same sums in the same order, here and in the processes started from here.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from datasets import bmnist as bmnist_module
+
+# The static bits are always the same, and take half a second.
+drawn_bits = functools.cache(bmnist_module.binarize)
 
 
 def at_batch(loader, epoch, batch, act):
@@ -42,21 +50,20 @@ def at_batch(loader, epoch, batch, act):
     loader.__class__ = type(type(loader).__name__, (type(loader),), {"__iter__": iterate})
 
 
-def small(make_loaders, n_batches=2, **at_train_batch):
-    """Wrap `mnist` or `bmnist`: loaders of `n_batches`, and `at_batch` for the training one."""
-
-    def make(*args, **kwargs):
-        loaders = make_loaders(*args, **kwargs)
-        for loader in loaders:
-            loader.limit(n_batches)
-        if at_train_batch:
-            at_batch(loaders[0], **at_train_batch)
-        return loaders
-
-    return make
+def small(loaders, n_batches=2, **at_train_batch):
+    """Keep `n_batches` of each loader, and let something happen at a training batch."""
+    for loader in loaders:
+        loader.limit(n_batches)
+    if at_train_batch:
+        at_batch(loaders[0], **at_train_batch)
 
 
-def interrupt(_):
+def stop_in(epoch, batch=2):
+    """Make the loaders small, and press Ctrl-C at a training batch of that epoch."""
+    return functools.partial(small, epoch=epoch, batch=batch, act=interrupt)
+
+
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -72,13 +79,30 @@ def poison(batch):
     return batch * torch.nan
 
 
+def save_pictures(figure, path, **_):
+    """Take the place of the slow Figure.savefig: save the arrays of the figure's pictures alone."""
+    pictures = [picture.get_array() for axes in figure.axes for picture in axes.get_images()]
+    with open(path, "wb") as file:
+        np.savez(file, *pictures)
+
+
+def way_off(start, expected, found):
+    """Return how far weights are from the expected ones, as a share of the way from the start."""
+
+    def distance(a, b):
+        return sum((x - y).double().square().sum() for x, y in zip(a, b, strict=True)).sqrt()
+
+    return (distance(found, expected) / distance(start, expected)).item()
+
+
 @dataclasses.dataclass
 class Ended:
-    """How a run of a script ended."""
+    """How a run of a script ended, and the names that it had defined by then."""
 
     status: int
     out: str
     err: str
+    names: dict = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +112,7 @@ class Script:
     name: str
     epochs: str  # its option for the number of epochs
     small: tuple  # options of a small run
+    narrow: tuple  # replacements in the source that make its networks small
     metrics: tuple
     final: tuple  # what `final` in summary.json has at least
     figures: tuple
@@ -103,52 +128,61 @@ class Script:
     def module(self):
         return importlib.import_module(f"a3_{self.name}_template")
 
-    @property
-    def loaders(self):
-        """The name of the function that makes its loaders."""
-        return "bmnist" if self.name == "vae" else "mnist"
-
-    @property
-    def weights(self):
-        """The name of its model in a checkpoint's `parts`."""
-        return "generator" if self.name == "gan" else "model"
-
     def options(self, folder, n_epochs=3, *more):
-        return [self.epochs, str(n_epochs), *self.small, "--results_dir", str(folder), *more]
+        return [self.epochs, n_epochs, *self.small, "--results_dir", folder, *more]
 
-    def shrink(self, monkeypatch):
-        """Give the flow's networks 32 hidden units for their 1024, in this process."""
-        if self.name == "nf":
-            narrow = functools.partial(self.module.Coupling, n_hidden=32)
-            monkeypatch.setattr(self.module, "Coupling", narrow)
+    def execute(self, *options, loaders=small, replace=(), names=None):
+        """Do what `python a3_NAME_template.py OPTIONS...` does, in this process.
 
-    def main(self, *options, loaders=None, figures=False, patch=None):
-        """Run the script in this process, as the command line would; return how it ended.
-
-        Its loaders are made by `loaders(mnist or bmnist)`, two batches a split if left out.
-        `patch(monkeypatch, module)` may change more.
+        `loaders` may change the loaders that the script makes; `replace` are pairs of a piece of
+        the source and what takes its place; `names` takes the names that the script defines.
         """
+        source = self.file.read_text()
+        for old, new in (*self.narrow, *replace):
+            assert old in source, old
+            source = source.replace(old, new)
+        function = "bmnist" if self.name == "vae" else "mnist"
+        module = importlib.import_module(f"datasets.{function}")
+        make = getattr(module, function)
+
+        def make_loaders(*args, **kwargs):
+            made = make(*args, **kwargs)
+            loaders(made)
+            return made
+
+        names = {} if names is None else names
+        names |= {"__name__": "__main__", "__file__": str(self.file)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [self.file.name, *map(str, options)])
+            patch.setattr(bmnist_module, "binarize", drawn_bits)
+            patch.setattr(module, function, make_loaders)
+            exec(compile(source, self.file, "exec"), names)
+
+    def run(self, *options, savefig=save_pictures, **kwargs):
+        """Execute the script; return how it ended. `savefig` takes the place of the figures'."""
+        names, status = {}, 0
         with (
-            pytest.MonkeyPatch.context() as monkeypatch,
+            pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.StringIO()) as out,
             contextlib.redirect_stderr(io.StringIO()) as err,
         ):
-            module, make = self.module, getattr(self.module, self.loaders)
-            monkeypatch.setattr(sys, "argv", [self.file.name, *map(str, options)])
-            monkeypatch.setattr(module, self.loaders, (loaders or small)(make))
-            monkeypatch.setattr(module, "ARGS", None, raising=False)
-            self.shrink(monkeypatch)
-            if not figures:  # they take most of a small run's time
-                monkeypatch.setattr(module, "save_figure", lambda figure, _: plt.close(figure))
-            if patch:
-                patch(monkeypatch, module)
-            status = 0
+            patch.setattr(Figure, "savefig", savefig)
             try:
-                module.ARGS = module.parse_options()
-                module.guard(module.main)
+                self.execute(*options, names=names, **kwargs)
             except SystemExit as end:
                 status = end.code
-        return Ended(status, out.getvalue(), err.getvalue())
+        return Ended(status, out.getvalue(), err.getvalue(), names)
+
+    def run_well(self, *options, **kwargs):
+        """Execute the script, which must end without an error."""
+        end = self.run(*options, **kwargs)
+        assert (end.status, end.err) == (0, "")
+        return end
+
+    def arguments(self, *options):
+        """Return the parsed options, without running `main`."""
+        replace = [("    with guard(ARGS):\n        main()\n", "")]
+        return self.run_well(*options, replace=replace).names["ARGS"]
 
     def start(self, *options, cwd=None):
         """Start the script as a user does; return the process."""
@@ -176,18 +210,25 @@ def end_of(process):
     return Ended(process.returncode, out, err)
 
 
+SMALL = ("--batch_size", 20, "--precision", "float32", "--device", "cpu")
 VAE = Script(
     "vae",
     "--epochs",
-    ("--batch_size", "20", "--iw_samples", "3", "--precision", "float32"),
+    (*SMALL, "--iw_samples", 3),
+    (),
     ("train_elbo", "val_elbo"),
-    ("val_elbo", "test_elbo", "test_log_px"),
-    ("elbo", "samples_before", "samples_halfway", "samples_after", "reconstructions"),
+    ("val_elbo", "test_elbo", "test_log_px", "initial_elbo"),
+    ("elbo", "samples_before", "samples_first", "samples_halfway", "samples_after"),
 )
 NF = Script(
     "nf",
     "--epochs",
-    ("--batch_size", "20", "--precision", "float32"),
+    SMALL,
+    (
+        ("n_hidden=1024", "n_hidden=32"),
+        ("c_hidden = 64 if", "c_hidden = 4 if"),
+        ("model.sample(1000)", "model.sample(9)"),
+    ),
     ("train_bpd", "val_bpd"),
     ("val_bpd", "test_bpd", "test_bpd_stderr"),
     ("bpd", "samples_before", "samples_halfway", "samples_after", "interpolation"),
@@ -195,7 +236,8 @@ NF = Script(
 GAN = Script(
     "gan",
     "--n_epochs",
-    ("--batch_size", "20", "--eval_samples", "30", "--precision", "float32"),
+    (*SMALL, "--eval_samples", 30),
+    (),
     ("value", "loss_d", "loss_g", "d_real", "d_fake"),
     ("parzen", "parzen_stderr", "parzen_train", "digit_shares"),
     ("training", "samples_before", "samples_halfway", "samples_after", "interpolation"),
@@ -215,6 +257,10 @@ class Results:
         return torch.load(self.folder / "checkpoint.pt", weights_only=True)
 
     @property
+    def weights(self):
+        return torch.load(self.folder / "weights.pt", weights_only=True)
+
+    @property
     def metrics(self):
         """The rows of metrics.csv as text, without their seconds."""
         with (self.folder / "metrics.csv").open(newline="") as file:
@@ -231,6 +277,11 @@ class Results:
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         kinds = (".pdf", ".png")
         return {path.name: path.read_bytes() for path in files if path.suffix not in kinds}
+
+    def pictures(self, name):
+        """The pictures of a figure that `save_pictures` saved."""
+        with np.load(self.folder / f"{name}.pdf") as archive:
+            return [archive[key] for key in archive.files]
 
 
 @pytest.fixture(params=SCRIPTS, ids=str)
@@ -249,9 +300,7 @@ def finished(tmp_path_factory):
     @functools.cache
     def run(script):
         folder = tmp_path_factory.mktemp(script.name) / "finished"
-        end = script.main(*script.options(folder), figures=True)
-        assert (end.status, end.err) == (0, "")
-        return Results(folder, end)
+        return Results(folder, script.run_well(*script.options(folder)))
 
     def copy(script, folder):
         shutil.copytree(run(script).folder, folder, dirs_exist_ok=True)
@@ -261,14 +310,19 @@ def finished(tmp_path_factory):
     return run
 
 
+def committed(name):
+    """Return the options, the final numbers and the weights of a committed run."""
+    run = Results(ROOT / "results" / name)
+    if not (run.folder / "weights.pt").exists():
+        pytest.skip(f"results/{name} has no weights.pt")
+    return run.summary["options"], run.summary["final"], run.weights
+
+
 def main():
-    name, nap, *sys.argv[1:] = sys.argv[1:]
+    name, nap, *options = sys.argv[1:]
     script = next(script for script in SCRIPTS if script.name == name)
-    make = small(getattr(script.module, script.loaders), epoch=int(nap), batch=2, act=sleep)
-    setattr(script.module, script.loaders, make)
-    script.shrink(pytest.MonkeyPatch())
-    script.module.ARGS = script.module.parse_options()
-    script.module.guard(script.module.main)
+    loaders = functools.partial(small, epoch=int(nap), batch=2, act=sleep)
+    script.execute(*options, loaders=loaders)
 
 
 if __name__ == "__main__":

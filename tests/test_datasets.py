@@ -1,5 +1,6 @@
 """Tests of datasets/: the splits, the loaders, the binarizations and every DataError."""
 
+import collections
 import hashlib
 import re
 import struct
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from torchvision import transforms
+from torchvision.transforms import functional
 
 from datasets import bmnist as bmnist_module
 from datasets import mnist as mnist_module
@@ -54,16 +58,9 @@ def epoch(loader):
     return torch.cat(batches)
 
 
-def keyed(loader):
-    """Return the rows of the images of an epoch, and the images."""
-    loader.labels = torch.arange(len(loader.images))
-    images, rows = epoch(loader)
-    return rows, images
-
-
+# ---------------------------------------------------------------------------------------
 # The file
-
-
+# ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "magic", "md5"),
     [
@@ -81,35 +78,31 @@ def test_arrays_make_the_published_idx_files(arrays, name, magic, md5):
 
 
 def test_file_is_found_from_any_folder_and_read_once(tmp_path, monkeypatch):
+    """The default ./data/ need not exist; a root that is given must hold the file."""
     monkeypatch.chdir(tmp_path)
-    images, labels = load("no such folder")
-    assert images.shape == (70_000, 784)
-    assert images.dtype == torch.uint8
-    assert labels.shape == (70_000,)
-    assert labels.dtype == torch.int64
-    assert load()[0].data_ptr() == images.data_ptr()
+    images, labels = load()
+    assert (images.shape, images.dtype) == ((70_000, 784), torch.uint8)
+    assert (labels.shape, labels.dtype) == ((70_000,), torch.int64)
+    assert load(NPZ.parent)[0].data_ptr() == images.data_ptr()
+    for root in ("no such folder", tmp_path, "/etc/passwd"):
+        assert error_of(mnist, root).startswith(f"{Path(root, 'mnist.npz')} is missing; give the ")
+        assert "python -m datasets.mnist" in error_of(bmnist, root)
 
 
-def save_without_labels(path, arrays):
-    np.savez(path, **{name: a for name, a in arrays.items() if name != "test_labels"})
+def save(**changes):
+    """Return a damage: the archive with other arrays, or without one."""
+
+    def damage(path, arrays):
+        changed = {name: changes.get(name, lambda a: a)(array) for name, array in arrays.items()}
+        np.savez(path, **{name: array for name, array in changed.items() if array is not None})
+
+    return damage
 
 
-def save_other_type(path, arrays):
-    np.savez(path, **arrays | {"train_labels": arrays["train_labels"].astype(np.int64)})
-
-
-def save_other_shape(path, arrays):
-    np.savez(path, **arrays | {"test_images": arrays["test_images"].reshape(-1, 784)})
-
-
-def save_other_pixel(path, arrays):
-    images = arrays["test_images"].copy()
+def other_pixel(images):
+    images = images.copy()
     images[123, 14, 14] ^= 1
-    np.savez(path, **arrays | {"test_images": images})
-
-
-def truncate(path, arrays):
-    path.write_bytes(NPZ.read_bytes()[:1_000_000])
+    return images
 
 
 def flip_byte(path, arrays):
@@ -121,107 +114,78 @@ def flip_byte(path, arrays):
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (lambda path, arrays: path.unlink(), "No such file"),
         (lambda path, arrays: path.write_bytes(b""), ""),
         (lambda path, arrays: path.write_text("version https://git-lfs.github.com/spec/v1"), ""),
-        (lambda path, arrays: np.save(path.open("wb"), arrays["test_labels"]), ""),
-        (truncate, ""),
+        (lambda path, arrays: path.write_bytes(NPZ.read_bytes()[:1_000_000]), ""),
         (flip_byte, ""),
-        (save_without_labels, "test_labels"),
-        (save_other_type, r"train_labels is int64 \(60000,\), not uint8"),
-        (save_other_shape, r"test_images is uint8 \(10000, 784\), not uint8 \(10000, 28, 28\)"),
-        (save_other_pixel, "test_images has the wrong SHA-256"),
+        (save(test_labels=lambda a: None), "test_labels"),
+        (save(train_labels=np.int64), r"train_labels is int64 \(60000,\), not uint8"),
+        (save(test_images=lambda a: a[:, 0]), r"test_images is uint8 \(10000, 28\), not uint8"),
+        (save(test_images=other_pixel), "test_images has the wrong SHA-256"),
     ],
 )
 def test_damaged_file(npz_copy, arrays, damage, what):
     damage(npz_copy, arrays)
-    message = error_of(mnist)
-    assert message.startswith(f"{npz_copy}: ")
-    assert re.search(what, message)
-    assert "`git checkout -- datasets/mnist.npz`" in message
-    assert "`python -m datasets.mnist`" in message
+    for message in (error_of(mnist), error_of(bmnist, npz_copy.parent)):
+        assert message.startswith(f"{npz_copy}: ")
+        assert re.search(what, message)
+        assert "python -m datasets.mnist" in message
 
 
-def test_file_in_root_comes_first(tmp_path, arrays):
-    save_other_pixel(tmp_path / "mnist.npz", arrays)
-    message = error_of(bmnist, tmp_path)
-    assert message.startswith(f"{tmp_path / 'mnist.npz'}: ")
-    assert "remove it" in message
-    (tmp_path / "mnist.npz").write_bytes(NPZ.read_bytes())
-    assert torch.equal(load(tmp_path)[0], load()[0])
+def rebuild(monkeypatch, arrays):
+    """Run `python -m datasets.mnist` where torchvision downloads these arrays, or nothing."""
 
-
-# Rebuilding the file
-
-
-def fake_torchvision(monkeypatch, dataset):
-    module = types.ModuleType("torchvision.datasets")
-    module.MNIST = dataset
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
-
-
-def dataset_of(arrays):
-    def dataset(root, train, download):
+    def download_split(root, train, download):
         assert download
         assert Path(root).is_dir()
+        if arrays is None:
+            raise RuntimeError("Error downloading:\nTried a mirror, got:\n<urlopen error>\n")
         name = "train" if train else "test"
         data = torch.from_numpy(arrays[f"{name}_images"])
         targets = torch.from_numpy(arrays[f"{name}_labels"]).long()
         return types.SimpleNamespace(data=data, targets=targets)
 
-    return dataset
+    module = types.ModuleType("torchvision.datasets")
+    module.MNIST = download_split
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+    mnist_module.main()
 
 
 def test_rebuild(npz_copy, arrays, monkeypatch):
-    fake_torchvision(monkeypatch, dataset_of(arrays))
     npz_copy.write_bytes(b"damaged")
-    mnist_module.main()
+    rebuild(monkeypatch, arrays)
     assert load()[0].shape == (70_000, 784)
     assert list(npz_copy.parent.iterdir()) == [npz_copy]
 
 
-def fails_without_network(root, train, download):
-    raise RuntimeError("Error downloading:\nTried a mirror, got:\n<urlopen error>\n")
+def full_disk(file, **arrays):
+    file.write(b"half of the file")
+    raise OSError("No space left on device")
 
 
 def test_failed_rebuild_changes_nothing(npz_copy, arrays, monkeypatch, capsys):
     other = arrays | {"train_labels": arrays["train_labels"][::-1].copy()}
-    for dataset, reason in [
-        (fails_without_network, "Error downloading: Tried a mirror, got: <urlopen error>"),
-        (dataset_of(other), "train_labels has the wrong SHA-256"),
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    for downloaded, reason in [
+        (None, "Error downloading: Tried a mirror, got: <urlopen error>"),
+        (other, "train_labels has the wrong SHA-256"),
+        (arrays, "No space left on device"),
     ]:
-        fake_torchvision(monkeypatch, dataset)
         with pytest.raises(SystemExit) as info:
-            mnist_module.main()
+            rebuild(monkeypatch, downloaded)
         out, err = capsys.readouterr()
-        assert info.value.code == 2
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.endswith(f"{reason}\n")
-        assert err.count("\n") == 1
+        assert (info.value.code, out) == (2, "")
+        assert re.fullmatch(f"error: .*{reason}\n", err)
         assert npz_copy.read_bytes() == NPZ.read_bytes()
         assert list(npz_copy.parent.iterdir()) == [npz_copy]
 
 
-def test_rebuild_without_room(npz_copy, arrays, monkeypatch, capsys):
-    def full_disk(file, **arrays):
-        file.write(b"half of the file")
-        raise OSError("No space left on device")
-
-    fake_torchvision(monkeypatch, dataset_of(arrays))
-    monkeypatch.setattr(np, "savez_compressed", full_disk)
-    with pytest.raises(SystemExit):
-        mnist_module.main()
-    assert capsys.readouterr().err.endswith("No space left on device\n")
-    assert npz_copy.read_bytes() == NPZ.read_bytes()
-    assert list(npz_copy.parent.iterdir()) == [npz_copy]
-
-
+# ---------------------------------------------------------------------------------------
 # Grey MNIST
-
-
+# ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{}, {"n_train": 50_000, "shift": False}])
 def test_mnist_splits(arrays, options):
+    """Validation and test images in order, neither shifted nor scaled."""
     n = options.get("n_train", 40_000)
     train, val, test = mnist(**options)
     flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -233,76 +197,70 @@ def test_mnist_splits(arrays, options):
         (test, flat["test_images"].flatten(1), flat["test_labels"].long()),
     ]:
         assert torch.equal(loader.images, x)
-        seen, seen_labels = epoch(loader)  # in order, neither shifted nor scaled
+        seen, seen_labels = epoch(loader)
         assert torch.equal(seen, x.float())
         assert torch.equal(seen_labels, y)
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
-def test_mnist_batches(shift):
-    train, _, _ = mnist(batch_size=300, shift=shift)
+def test_mnist_batches(shift, drop_last):
+    """Every training image once in an epoch, in random order, in grey values 0..255."""
+    train, val, _ = mnist(batch_size=300, shift=shift, drop_last=drop_last)
+    labels, train.labels = train.labels, torch.arange(40_000)
     batches = list(train)
-    assert len(batches) == len(train) == 134
-    assert train.batch_size == 300
-    assert [len(images) for images, _ in batches] == [300] * 133 + [100]
-    for images, labels in batches:
-        assert images.shape == (len(labels), 784)
-        assert images.dtype == torch.float32
-        assert labels.dtype == torch.int64
-    pixels = torch.cat([images for images, _ in batches])
-    assert pixels.min() == 0
-    assert pixels.max() == 255
-    assert torch.equal(pixels, pixels.round())
-
-
-@pytest.mark.parametrize("shift", [True, False])
-def test_drop_last(shift):
-    train, val, _ = mnist(batch_size=300, shift=shift, drop_last=True)
-    assert len(train) == len(list(train)) == 133
-    assert all(len(labels) == 300 for _, labels in train)
-    assert len(val) == 34
+    sizes = [300] * 133 + [100] * (not drop_last)
+    assert [len(images) for images, _ in batches] == sizes
+    assert len(train) == len(sizes)
+    for images, rows in batches:
+        assert (images.shape, images.dtype) == ((len(rows), 784), torch.float32)
+    pixels, rows = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert len(rows.unique()) == len(rows)
+    assert not torch.equal(rows[:300], torch.arange(300))
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    if not shift:
+        assert torch.equal(pixels, train.images[rows].float())
+    train.labels = labels
+    assert next(iter(train))[1].dtype == torch.int64
     assert sum(len(labels) for _, labels in val) == 10_000
 
 
-def test_unshifted_epoch_is_a_permutation():
-    train, _, _ = mnist(n_train=5_000, shift=False)
-    rows, images = keyed(train)
-    assert torch.equal(rows.sort().values, torch.arange(5_000))
-    assert not torch.equal(rows, torch.arange(5_000))
-    assert torch.equal(images, train.images[rows].float())
+def test_shifts_are_those_of_torchvisions_transforms():
+    """The template's own pipeline: its results for each shift, and how often it draws them."""
+    pad, crop = transforms.Pad(2, padding_mode="edge"), transforms.CenterCrop(28)
+    images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)  # no symmetry, no plain edge
+    pictures = [functional.to_pil_image(image) for image in images]
+    shift_of = {}
+    for i, picture in enumerate(pictures):
+        for right in range(-2, 3):
+            for down in range(-2, 3):
+                moved = functional.affine(pad(picture), 0, [right, down], 1, [0])
+                shift_of[i, np.asarray(crop(moved)).tobytes()] = down, right
+    assert len(shift_of) == 20 * 25
 
+    def counts(keys):
+        """Return how often each shift occurs, `[5, 5]`, down and right."""
+        table = collections.Counter(shift_of[key] for key in keys)
+        return np.array([[table[down, right] for right in range(-2, 3)] for down in range(-2, 3)])
 
-def test_shifts():
-    """Every image is its original, moved by -1, 0 or 1 pixels an axis, with the right frequency."""
-    n = 9_000
-    images = torch.randint(0, 256, (n, 784), dtype=torch.uint8)  # no symmetry, and no plain edge
-    train = mnist_module.ShiftedLoader(images, torch.arange(n), 128, shuffle=True)
-    seen, rows = epoch(train)
-    assert torch.equal(rows.sort().values, torch.arange(n))
-    assert not torch.equal(rows, train.labels)
-    padded = np.pad(images[rows].view(n, 28, 28).numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
-    seen = seen.view(n, 28, 28).numpy()
-    matches = np.array(
-        [
-            [(padded[:, y : y + 28, x : x + 28] == seen).all((1, 2)) for x in range(3)]
-            for y in range(3)
-        ]
+    n = 10_000
+    loader = mnist_module.ShiftedLoader(
+        images.flatten(1).repeat(n // 20, 1), torch.arange(n), 128, shuffle=True
     )
-    assert (matches.sum((0, 1)) == 1).all()
-    one_axis = np.array([0.9, 1.0, 0.9]) / 2.8
-    expected = np.outer(one_axis, one_axis)
-    deviation = np.sqrt(expected * (1 - expected) / n)
-    assert (abs(matches.mean(2) - expected) < 5 * deviation).all()
-    unmoved = (matches[1].sum() + matches[:, 1].sum()) / (2 * n)  # of both axes
-    assert abs(unmoved - 1 / 2.8) < 4 * np.sqrt(1 / 2.8 * 1.8 / 2.8 / (2 * n))
+    seen, rows = epoch(loader)
+    assert torch.equal(rows.sort().values, torch.arange(n))
+    ours = counts(
+        (row % 20, x.tobytes()) for row, x in zip(rows.tolist(), seen.byte().numpy(), strict=True)
+    )
+    shares = np.array([1, 10, 10, 10, 1]) / 32
+    assert scipy.stats.chisquare(ours.ravel(), n * np.outer(shares, shares).ravel()).pvalue > 1e-3
 
-
-def test_shifts_of_mnist_are_drawn_anew():
-    train, _, _ = mnist(n_train=1_000)
-    first, second = ({int(k): v for k, v in zip(*keyed(train), strict=True)} for _ in range(2))
-    assert first.keys() == second.keys()
-    same = sum(torch.equal(first[k], second[k]) for k in first)
-    assert 0 < same < 500  # both shifts agree for 11% of the images
+    torch.manual_seed(0)
+    pipeline = transforms.Compose([pad, transforms.RandomAffine(0, translate=(0.05, 0.05)), crop])
+    theirs = counts((0, np.asarray(pipeline(pictures[0])).tobytes()) for _ in range(3000))
+    for axis in (0, 1):
+        pair = [table.sum(axis=axis) for table in (ours, theirs)]
+        assert scipy.stats.chi2_contingency(pair).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -316,6 +274,8 @@ def test_shifts_of_mnist_are_drawn_anew():
     ids=["shifted", "plain", "static", "dynamic"],
 )
 def test_seed_and_generator_state(make):
+    """Each epoch is another; the same seed, or the state between two epochs, gives the same."""
+
     def first_of(loader):
         batch = next(iter(loader))
         return batch[0] if isinstance(batch, tuple) else batch
@@ -331,34 +291,22 @@ def test_seed_and_generator_state(make):
     assert torch.equal(second, first_of(resumed))
 
 
-@pytest.mark.parametrize("options", [{"n_train": 0}, {"n_train": 50_001}])
-def test_bad_n_train(options):
-    assert str(options["n_train"]) in error_of(mnist, **options)
-
-
-@pytest.mark.parametrize("make", [mnist, bmnist])
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_bad_batch_size(make, batch_size):
-    assert f"batch size {batch_size} " in error_of(make, batch_size=batch_size)
-
-
-def test_batch_larger_than_split():
+def test_impossible_sizes():
+    for n_train in (0, 50_001):
+        assert str(n_train) in error_of(mnist, n_train=n_train)
+    for make in (mnist, bmnist):
+        assert "batch size 0 " in error_of(make, batch_size=0)
     images, labels = torch.zeros(5, 784, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
     assert [len(x) for x, _ in Loader(images, labels, 6)] == [5]
     assert "batch size 6" in error_of(Loader, images, labels, 6, drop_last=True)
 
 
+# ---------------------------------------------------------------------------------------
 # Binary MNIST
-
-
+# ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def static():
     return bmnist()
-
-
-@pytest.fixture(scope="module")
-def dynamic():
-    return bmnist(binarization="dynamic")
 
 
 def assert_drawn_from(binary, grey):
@@ -380,12 +328,12 @@ def test_static_images(static, arrays):
     grey = [train_images[:50_000], train_images[50_000:], arrays["test_images"].reshape(-1, 784)]
     labels = [train_labels[:50_000], train_labels[50_000:], test_labels]
     for loader, pixels, y in zip(static, grey, labels, strict=True):
-        assert loader.images.shape == (len(y), 784)
-        assert loader.images.dtype == torch.uint8
+        assert (loader.images.shape, loader.images.dtype) == ((len(y), 784), torch.uint8)
         assert_drawn_from(loader.images.numpy(), pixels)
         assert torch.equal(loader.labels, y)
     packed = np.packbits(torch.cat([loader.images for loader in static]).numpy())
     assert hashlib.sha256(packed).hexdigest() == bmnist_module.STATIC_SHA256
+    assert torch.equal(bmnist(seed=5)[0].images, static[0].images)
 
 
 def test_static_pixels_are_independent(static, arrays):
@@ -401,48 +349,37 @@ def test_static_batches(static):
     batches = list(train)
     assert len(batches) == len(train) == 391
     assert len(batches[-1]) == 80
-    assert batches[0].shape == (128, 1, 28, 28)
-    assert batches[0].dtype == torch.float32
-    ones = torch.cat(batches).sum(0).flatten()
-    assert torch.equal(ones, train.images.sum(0).float())
+    assert (batches[0].shape, batches[0].dtype) == ((128, 1, 28, 28), torch.float32)
+    assert torch.equal(torch.cat(batches).sum(0).flatten(), train.images.sum(0).float())
     assert not torch.equal(batches[0].flatten(1), train.images[:128].float())
     for loader in (val, test):
         assert torch.equal(epoch(loader).flatten(1), loader.images.float())
 
 
-def test_static_ignores_the_seed(static):
-    assert torch.equal(bmnist(seed=5)[0].images, static[0].images)
-
-
-def test_other_static_bits(monkeypatch):
-    monkeypatch.setattr(bmnist_module, "STATIC_SEED", 2009)
-    assert np.__version__ in error_of(bmnist)
-
-
-def test_dynamic(dynamic, static, arrays):
-    train, val, test = dynamic
+def test_dynamic(static, arrays):
+    train, val, test = bmnist(binarization="dynamic")
     grey = torch.from_numpy(arrays["train_images"][:50_000]).flatten(1)
     assert torch.equal(train.images, grey)
     rows = slice(0, 10_000)
     first, second = train.batch(rows), train.batch(rows)
-    assert first.shape == (10_000, 1, 28, 28)
-    assert first.dtype == torch.float32
+    assert (first.shape, first.dtype) == ((10_000, 1, 28, 28), torch.float32)
     assert not torch.equal(first, second)
     for binary in (first, second):
         assert_drawn_from(binary.numpy(), grey[rows].numpy())
     for loader, fixed in [(val, static[1]), (test, static[2])]:
         assert torch.equal(epoch(loader), epoch(fixed))
-        assert torch.equal(epoch(loader), epoch(fixed))
 
 
-def test_unknown_binarization():
+def test_other_binarizations_and_other_bits(monkeypatch):
     message = error_of(bmnist, binarization="grey")
     assert all(word in message for word in ("'grey'", "static", "dynamic", "larochelle"))
+    monkeypatch.setattr(bmnist_module, "STATIC_SEED", 2009)
+    assert np.__version__ in error_of(bmnist)
 
 
+# ---------------------------------------------------------------------------------------
 # Larochelle's files
-
-
+# ---------------------------------------------------------------------------------------
 @pytest.fixture
 def amat(tmp_path, monkeypatch):
     """Write small files of Larochelle's form; return their folder and images."""
@@ -465,35 +402,28 @@ def test_larochelle(amat, monkeypatch):
         assert loader.labels is None
         assert loader.images.dtype == torch.uint8
         assert np.array_equal(loader.images.numpy(), image)
-        assert next(iter(loader)).shape == (2, 1, 28, 28)
     assert np.array_equal(epoch(loaders[1]).flatten(1).numpy(), images[1])
 
 
-def change_line_2(change):
-    def edit(path):
-        lines = path.read_text().splitlines()
-        lines[1] = change(lines[1])
-        path.write_text("\n".join(lines) + "\n")
-
-    return edit
+def line_2(change):
+    """Return the lines of a file with the second one changed."""
+    return lambda lines: [lines[0], change(lines[1]), *lines[2:]]
 
 
 @pytest.mark.parametrize(
     ("edit", "what"),
     [
-        (lambda path: path.unlink(), ": No such file"),
-        (lambda path: path.write_text(""), ": 0 lines, not 3"),
-        (lambda path: path.write_text(path.read_text() * 2), ": 6 lines, not 3"),
-        (change_line_2(lambda line: ""), ", line 2: 0 values, not 784"),
-        (change_line_2(lambda line: line[:-2]), ", line 2: 783 values, not 784"),
-        (change_line_2(lambda line: line + " 1"), ", line 2: 785 values, not 784"),
-        (change_line_2(lambda line: "2" + line[1:]), ", line 2: '2' is not 0 or 1"),
-        (change_line_2(lambda line: line[:-1] + "0.5"), ", line 2: '0.5' is not 0 or 1"),
-        (change_line_2(lambda line: line[:-1] + "01"), ", line 2: '01' is not 0 or 1"),
+        (lambda lines: [], ": 0 lines, not 3"),
+        (lambda lines: lines * 2, ": 6 lines, not 3"),
+        (line_2(lambda line: line[:-2]), ", line 2: 783 values, not 784"),
+        (line_2(lambda line: line + " 1"), ", line 2: 785 values, not 784"),
+        (line_2(lambda line: "2" + line[1:]), ", line 2: '2' is not 0 or 1"),
+        (line_2(lambda line: line[:-1] + "01"), ", line 2: '01' is not 0 or 1"),
     ],
 )
 def test_bad_larochelle_file(amat, edit, what):
     path = amat[0] / "binarized_mnist_valid.amat"
-    edit(path)
-    message = error_of(bmnist, amat[0], binarization="larochelle")
-    assert message.startswith(f"{path}{what}")
+    path.write_text("\n".join(edit(path.read_text().splitlines())))
+    assert error_of(bmnist, amat[0], binarization="larochelle").startswith(f"{path}{what}")
+    path.unlink()
+    assert "No such file" in error_of(bmnist, amat[0], binarization="larochelle")
