@@ -55,7 +55,7 @@ bench: $(developed)  ## how far each training step is from what the machine can 
 	$(python) benchmarks/benchmark.py
 
 clean:  ## remove the environment, the tour and what tests and builds leave behind
-	rm -rf .venv results/tour results/fast_dev_run .pytest_cache .ruff_cache
+	rm -rf .venv results/tour results/*_fast_dev_run* .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	$(MAKE) -C report clean
 

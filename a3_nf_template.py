@@ -4,7 +4,7 @@ Read from top to bottom: the couplings, the flow and its log-likelihood (exact, 
 the figures, the training, and at the end the command line. Run
 
     python a3_nf_template.py                       # the template's affine couplings
-    python a3_nf_template.py --coupling mixture    # those of Flow++ (Ho et al., 2019): fewer bits
+    python a3_nf_template.py --coupling mixture    # with Flow++'s map (Ho et al., 2019): fewer bits
 
 and look into results/nf and results/nf_mixture. `--help` lists the options.
 """
@@ -53,8 +53,8 @@ def sample_prior(size, device=None):
 
 def get_mask():
     """Returns the checkerboard `[1, 784]`: 1 where row + column is even, else 0."""
-    row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
-    return ((row + column) % 2 == 0).float().view(1, N_PIXELS)
+    row_plus_column = torch.arange(28)[:, None] + torch.arange(28)
+    return (row_plus_column % 2 == 0).float().view(1, N_PIXELS)
 
 
 # ------------------------------------ Model ------------------------------------
@@ -66,9 +66,7 @@ class Coupling(nn.Module):
 
         z' = mask * z + (1 - mask) * (z * exp(s(mask * z)) + t(mask * z)).
 
-    Instead of multiplying by the mask the code picks pixels by their index: the same function
-    with two thirds of the arithmetic, for the network would read zeros, and predict for pixels
-    that stay.
+    Pixels are picked by index instead of masked: the same function, two thirds of the arithmetic.
     """
 
     def __init__(self, c_in, mask, n_hidden=1024):
@@ -138,12 +136,14 @@ class MixtureCoupling(nn.Module):
     """A coupling through the distribution function of a mixture (Flow++, Ho et al., 2019).
 
     The pixels `kept` stay as they are. From them a network predicts, for each pixel x of
-    `changed`, a mixture of K logistics (pi, mu, s) and an affine map (a, b) (section 3.2):
+    `changed`, a mixture of K logistics with weights pi, means mu and scales s (the paper's s is
+    our log s), and an affine map (a, b), where tanh keeps a within [-2, 2] (section 3.2):
 
         x' = logit(C(x)) exp(a) + b,   C(x) = sum_k pi_k sigmoid(u_k),   u_k = (x - mu_k) / s_k,
         log dx'/dx = a + log C'(x) - log C(x) - log(1 - C(x)).
 
-    If x follows the mixture, C(x) is uniform, however sharp an edge or far apart two peaks are.
+    If x follows the mixture, C(x) is uniform and its logit logistic, which exp(a) and b make nearly
+    normal, however sharp an edge or far apart two peaks are.
     Both sets of pixel numbers are `[side, side, n]`: n pixels of each cell of a lattice.
     """
 
@@ -164,9 +164,9 @@ class MixtureCoupling(nn.Module):
     def logit_cdf(self, x, log_pi, mean, log_scale):
         """Returns v = logit(C(x)) and log dv/dx, by logarithms, which do not round to log 0."""
         u = (x[:, None] - mean) * torch.exp(-log_scale)
-        # This log sigmoid(u) is safe, since sigmoid(|u|) >= 1/2; and log sigmoid(-u) is less by u.
-        lower = log_pi + torch.log(torch.sigmoid(u.abs())) + u.clamp(max=0)
-        upper = lower - u
+        # log sigmoid(u) = log sigmoid(|u|) + min(u, 0): no difference of large numbers is taken.
+        common = log_pi + torch.log(torch.sigmoid(u.abs()))
+        lower, upper = common - F.relu(-u), common - F.relu(u)
         log_c, log_not_c = lower.logsumexp(1), upper.logsumexp(1)
         # Each logistic has the density sigmoid(u) sigmoid(-u) / s.
         log_density = (lower + upper - log_pi - log_scale).logsumexp(1)
@@ -174,8 +174,9 @@ class MixtureCoupling(nn.Module):
         log_sum = torch.logaddexp(log_c, log_not_c)
         return log_c - log_not_c, log_density + log_sum - log_c - log_not_c
 
+    @torch.no_grad()  # no gradient passes through a bisection
     def solve(self, v, log_pi, mean, log_scale):
-        """Returns x with logit(C(x)) = v by bisection, down to neighbouring numbers.
+        """Returns x with logit(C(x)) = v by bisection, to 2^-32 of the first bracket in float32.
 
         C is an average of the sigmoid(u_k), so that v lies between the least and the greatest
         u_k, and x between the least and the greatest of the points where a u_k is v.
@@ -208,11 +209,12 @@ class MixtureCoupling(nn.Module):
 
 
 def nested_splits(grid):
-    """Yields `kept, changed` of couplings from fine to coarse (RealNVP, section 3.6, to its end).
+    """Yields `kept, changed` of couplings from fine to coarse; sampling goes from coarse to fine.
 
-    In each 2x2 cell of a grid of pixel numbers three pixels change, one after the other, so that
-    each is predicted from pixels that are still raw; the fourth ones are the next grid. The two
-    halves of the last grid, whose side is odd, change given each other.
+    The 2x2 cells of a grid of pixel numbers are (a b / c d). First d changes given a, b, c, then
+    b given a, c, then c given a: each is predicted from raw pixels, and is not read again. The a
+    are the next grid: RealNVP's multi-scale idea (section 3.6), to its end. The two halves of the
+    last grid, whose side is odd, change given each other.
     """
     while len(grid) % 2 == 0:
         a, b, c, d = grid[::2, ::2], grid[::2, 1::2], grid[1::2, ::2], grid[1::2, 1::2]
@@ -458,7 +460,7 @@ def results_folder(name, parser, args):
 
 
 def faster_precision(args):
-    """Returns "bfloat16" if a product of the networks' size takes clearly less time in it here.
+    """Returns "bfloat16" if a 1024 x 1024 layer takes clearly less time in it here, else "float32".
 
     Measured, because no processor flag tells; by turns, on one thread and by the best time, so
     that a machine which is busy with other work gives the same answer.
@@ -466,16 +468,13 @@ def faster_precision(args):
     if args.device == "cuda":
         return "bfloat16"
     x, weight = torch.ones(args.batch_size, 1024), torch.ones(1024, 1024)
-    best = {"float32": math.inf, "bfloat16": math.inf}
-    n_threads = torch.get_num_threads()
+    seconds, n_threads = {"float32": [], "bfloat16": []}, torch.get_num_threads()
     torch.set_num_threads(1)
-    for precision in 20 * list(best):
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
-            F.linear(x, weight)
-        best[precision] = min(best[precision], time.perf_counter() - start)
+    for name in 20 * list(seconds):
+        with torch.autocast("cpu", torch.bfloat16, name == "bfloat16"):
+            seconds[name].append(timeit.timeit(lambda: F.linear(x, weight), number=1))
     torch.set_num_threads(n_threads)
-    return "bfloat16" if best["bfloat16"] < 0.8 * best["float32"] else "float32"
+    return "bfloat16" if min(seconds["bfloat16"]) < 0.8 * min(seconds["float32"]) else "float32"
 
 
 @contextlib.contextmanager
@@ -580,9 +579,8 @@ def guard(args):
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} has the last epoch saved there" if path.is_file() else "no epoch was saved"
-        if isinstance(error, KeyboardInterrupt):
-            fail(f"interrupted; {kept}", status=130)
-        fail(f"{error}; {kept}", status=1)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        fail(f"{'interrupted' if interrupted else error}; {kept}", 130 if interrupted else 1)
 
 
 # <<< shared block <<<
@@ -618,8 +616,8 @@ def main():
             loader.limit(2)
     train, val, test = data
     model = Model(shape=[N_PIXELS], coupling=ARGS.coupling).to(ARGS.device)
-    # Without decay, weights that few images use drift, until an image comes that they amplify
-    # from layer to layer: one in 40,000 then costs more bits than all others together.
+    # Without decay, weights of affine couplings that few images use drift, until an image comes
+    # that they amplify from layer to layer: one in 40,000 then costs more bits than the rest.
     optimizer = torch.optim.AdamW(model.parameters(), lr=ARGS.lr, weight_decay=0.3, fused=True)
     factor = functools.partial(warm_up_and_decay, n_steps=ARGS.epochs * len(train))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -666,22 +664,23 @@ if __name__ == "__main__":
     parser.error = fail  # one line, where argparse would print its usage, too
     parser.add_argument("--epochs", type=number(int), default=40, help="passes over the images")
     parser.add_argument("--coupling", default="affine", choices=["affine", "mixture"],
-                        help="affine: RealNVP, as in the template; mixture: Flow++")  # fmt: skip
+                        help="affine: RealNVP's, the template's; mixture: Flow++'s")  # fmt: skip
     parser.add_argument("--batch_size", type=number(int), default=128, help="images in a batch")
     parser.add_argument("--lr", type=number(float), help="highest of the schedule, if not 1e-3 for "
                         "affine couplings and 3e-3 for those of mixtures")  # fmt: skip
     parser.add_argument("--seed", type=number(int, -1), default=0, help="of every random draw")
     parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help="where to run")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of matrix products in training; auto: what is faster")  # fmt: skip
+                        help="of products in each epoch; auto: what is faster")  # fmt: skip
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "datasets", help="data files")
     parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--fast_dev_run", action="store_true", help="two batches: does it run?")
 
     ARGS = parser.parse_args()
+    parser.set_defaults(lr={"affine": 1e-3, "mixture": 3e-3}[ARGS.coupling])
+    ARGS.lr = ARGS.lr or parser.get_default("lr")
     ARGS.results_dir = ARGS.results_dir or results_folder("nf", parser, ARGS)
-    ARGS.lr = ARGS.lr or {"affine": 1e-3, "mixture": 3e-3}[ARGS.coupling]
 
     with guard(ARGS):
         main()

@@ -7,7 +7,7 @@ In turns, so that a noisy machine disturbs all alike:
 - step: a training step with all that the script does in it, the loader included,
 - loader: the loader alone,
 - floor: the bare matrix products and convolutions of that step, forward and backward, in the same
-  precision, each into memory of its own.
+  precision; the products into memory of their own, while convolutions allocate theirs.
 
 A table is printed, and more numbers are written to benchmarks/DEVICE.json. Options that it does
 not know are passed on to the scripts: `benchmark.py --precision float32`.
@@ -65,6 +65,7 @@ def time_between(batches, loader):
     device = loader.images.device.type
     for _ in range(3):
         yield next(batches)  # warm up
+    peak = peak_memory(device)
     recorder = Recorder()
     with recorder:
         yield next(batches)
@@ -72,7 +73,6 @@ def time_between(batches, loader):
     yield next(batches)
     n_steps = max(3, round(ROUND_SECONDS / (time.perf_counter() - begin)))
     rest = itertools.chain(batches, itertools.chain.from_iterable(itertools.repeat(loader)))
-    peak = peak_memory(device)
     times = {name: [] for name in TIMED}
 
     def stop(name, begin, n):
