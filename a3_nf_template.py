@@ -334,8 +334,8 @@ def save_bpd_plot(train_curve, val_curve, filename):
         axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
     if val_curve[0] > TARGET:
         axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
-    if len(epochs) > 1:  # the first training value would squeeze the rest to a line at the bottom
-        axes.set_ylim(top=val_curve[0] + 0.02)
+    if len(epochs) > 1:  # single training values far above would squeeze the rest into a line
+        axes.set_ylim(min(train_curve + val_curve) - 0.02, val_curve[0] + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
     axes.legend(frameon=False)
     save_figure(figure, filename)

@@ -23,7 +23,7 @@ RUNS = {  # a folder of the results, the beginning of its macros, the script tha
 }
 EXTENSION = "nf_mixture"  # the report does without it
 DECIMALS = {
-    0: "sample_ms",
+    0: "sample_ms worst_train_bpd",
     1: "train_elbo val_elbo test_elbo initial_elbo first_train_elbo gap test_reconstruction "
     "test_kl test_log_px parzen parzen_stderr parzen_train parzen_train_stderr share_min "
     "share_max test_share_min test_share_max share_difference epoch_seconds training_minutes",
@@ -48,6 +48,8 @@ def derived(final, history, summary):
     if "val_bpd" in final:
         numbers["first_train_bpd"] = history["train_bpd"][0]
         numbers["first_val_bpd"] = history["val_bpd"][0]
+        numbers["worst_train_bpd"] = max(history["train_bpd"])
+        numbers["worst_train_epoch"] = history["train_bpd"].index(max(history["train_bpd"])) + 1
     if "value" in final:
         lowest = min(history["value"])
         numbers["value_min"], numbers["value_first"] = lowest, history["value"][0]
