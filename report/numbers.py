@@ -28,7 +28,7 @@ DECIMALS = {
     "test_kl test_log_px parzen parzen_stderr parzen_train parzen_train_stderr share_min "
     "share_max test_share_min test_share_max share_difference epoch_seconds training_minutes",
     2: "nearest_sample nearest_test nearest_sample_min nearest_test_min first_train_bpd "
-    "first_val_bpd",
+    "first_val_bpd halfway_val_bpd",
     3: "train_bpd val_bpd test_bpd test_bpd_stderr value value_min value_first value_above d_real "
     "d_fake digit_entropy test_digit_entropy parzen_sigma",
 }
@@ -48,6 +48,7 @@ def derived(final, history, summary):
     if "val_bpd" in final:
         numbers["first_train_bpd"] = history["train_bpd"][0]
         numbers["first_val_bpd"] = history["val_bpd"][0]
+        numbers["halfway_val_bpd"] = history["val_bpd"][numbers["halfway_epoch"] - 1]
         numbers["worst_train_bpd"] = max(history["train_bpd"])
         numbers["worst_train_epoch"] = history["train_bpd"].index(max(history["train_bpd"])) + 1
     if "value" in final:
@@ -76,7 +77,7 @@ def macros(start, summary, history):
         if isinstance(number, (bool, list)) or number is None:
             continue
         if name in PLACES:
-            text = f"{number:.{PLACES[name]}f}"
+            text = f"{number:,.{PLACES[name]}f}"
         elif isinstance(number, int):
             text = f"{number:,}"
         else:  # a text, or a number that somebody has typed, which says how it is rounded
