@@ -26,22 +26,26 @@ def randomize(module):
     return module.double().eval()
 
 
+def trained(split):
+    """The coupling of a split, or of all of them the flow, with weights that are not zero."""
+    if split == "flow":
+        return randomize(nf.Flow([SIDE**2], coupling="mixture"))
+    return randomize(nf.MixtureCoupling(*split))
+
+
 @pytest.fixture(params=SPLITS, ids=NAMES)
 def coupling(request):
-    return randomize(nf.MixtureCoupling(*request.param))
+    return trained(request.param)
 
 
 @pytest.fixture
 def flow():
-    return randomize(nf.Flow([SIDE**2], coupling="mixture"))
+    return trained("flow")
 
 
-@pytest.fixture(params=[*NAMES, "flow"])
+@pytest.fixture(params=[*SPLITS, "flow"], ids=[*NAMES, "flow"])
 def layer(request):
-    """Each coupling, and all of them in a row."""
-    if request.param == "flow":
-        return request.getfixturevalue("flow")
-    return randomize(nf.MixtureCoupling(*SPLITS[NAMES.index(request.param)]))
+    return trained(request.param)
 
 
 def pixels(n=3):

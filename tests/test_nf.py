@@ -439,6 +439,14 @@ def test_mixture_couplings_train(tmp_path):
     assert abs(before - after).max() > 1e-3
 
 
+@pytest.mark.parametrize(("coupling", "lr", "decay"), [("affine", 1e-3, 0.3), ("mixture", 8e-3, 0)])
+def test_each_coupling_has_its_learning_rate_and_decay(coupling, lr, decay, tmp_path):
+    NF.run_well(*NF.options(tmp_path, 1, "--coupling", coupling))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    (group,) = checkpoint["parts"]["optimizer"]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (lr, decay)
+
+
 @pytest.mark.parametrize("name", ["nf", "nf_mixture"])
 def test_committed_weights_have_the_committed_numbers(name):
     """On every twentieth test image, to within 4 standard errors of a mean over so many."""

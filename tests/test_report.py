@@ -26,7 +26,7 @@ METHOD = {
     "the last fifth of the batches so far": ("gan", "5 / (4 + batches_done)"),
     "300 warm-up steps": ("nf", "(step + 1) / 300"),
     "clipped at 0.01": ("nf", "MAX_GRAD_NORM = 0.01"),
-    "weight decay of 0.3": ("nf", "weight_decay=0.3"),
+    "weight decay of 0.3": ("nf", '"affine": 0.3'),
     r"$\alpha=10^{-5}$": ("nf", "alpha = 1e-5"),
     "1024 hidden units": ("nf", "n_hidden=1024"),
     "$K=8$": ("nf", "n_mix=8"),
