@@ -165,6 +165,7 @@ BAD_OPTIONS = {
     (VAE, "unrecognized"): ("--nonsense 3", "--epoch 3"),  # no name is guessed
     (NF, WHOLE): ("--epochs 0",),
     (NF, POSITIVE): ("--lr 0",),
+    (NF, "mixture"): ("--coupling additive",),
     (GAN, WHOLE): ("--n_epochs 0", "--latent_dim 0", "--save_interval 0"),
     (GAN, POSITIVE): ("--lr 0",),
     (GAN, "whole number above 1"): ("--eval_samples 1",),
