@@ -126,9 +126,8 @@ class ConvNet(nn.Module):
             nn.Sequential(norm(), nn.Hardswish(), conv(size), nn.Hardswish(), conv(1))
             for _ in range(n_blocks)
         )
-        last = nn.Conv2d(c_hidden, c_out, 1, bias=False)
-        nn.init.zeros_(last.weight)
-        self.last = nn.Sequential(norm(), nn.Hardswish(), last)
+        self.last = nn.Sequential(norm(), nn.Hardswish(), nn.Conv2d(c_hidden, c_out, 1, bias=False))
+        nn.init.zeros_(self.last[-1].weight)
         self.to(memory_format=torch.channels_last)  # the layout in which CPUs convolve fastest
 
     def forward(self, x):
@@ -585,8 +584,8 @@ def guard(args):
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} has the last epoch saved there" if path.is_file() else "no epoch was saved"
-        interrupted = isinstance(error, KeyboardInterrupt)
-        fail(f"{'interrupted' if interrupted else error}; {kept}", 130 if interrupted else 1)
+        text, status = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (error, 1)
+        fail(f"{text}; {kept}", status)
 
 
 # <<< shared block <<<

@@ -421,8 +421,8 @@ def guard(args):
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} has the last epoch saved there" if path.is_file() else "no epoch was saved"
-        interrupted = isinstance(error, KeyboardInterrupt)
-        fail(f"{'interrupted' if interrupted else error}; {kept}", 130 if interrupted else 1)
+        text, status = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (error, 1)
+        fail(f"{text}; {kept}", status)
 
 
 # <<< shared block <<<

@@ -49,8 +49,8 @@ def derived(final, history, summary):
         numbers["first_train_bpd"] = history["train_bpd"][0]
         numbers["first_val_bpd"] = history["val_bpd"][0]
         numbers["halfway_val_bpd"] = history["val_bpd"][numbers["halfway_epoch"] - 1]
-        numbers["worst_train_bpd"] = max(history["train_bpd"])
-        numbers["worst_train_epoch"] = history["train_bpd"].index(max(history["train_bpd"])) + 1
+        numbers["worst_train_bpd"] = worst = max(history["train_bpd"])
+        numbers["worst_train_epoch"] = history["train_bpd"].index(worst) + 1
     if "value" in final:
         lowest = min(history["value"])
         numbers["value_min"], numbers["value_first"] = lowest, history["value"][0]

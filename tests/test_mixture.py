@@ -26,7 +26,7 @@ def randomize(module):
     return module.double().eval()
 
 
-def trained(split):
+def layer_of(split):
     """The coupling of a split, or of all of them the flow, with weights that are not zero."""
     if split == "flow":
         return randomize(nf.Flow([SIDE**2], coupling="mixture"))
@@ -35,17 +35,17 @@ def trained(split):
 
 @pytest.fixture(params=SPLITS, ids=NAMES)
 def coupling(request):
-    return trained(request.param)
+    return layer_of(request.param)
 
 
 @pytest.fixture
 def flow():
-    return trained("flow")
+    return layer_of("flow")
 
 
 @pytest.fixture(params=[*SPLITS, "flow"], ids=[*NAMES, "flow"])
 def layer(request):
-    return trained(request.param)
+    return layer_of(request.param)
 
 
 def pixels(n=3):
