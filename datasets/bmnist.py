@@ -6,12 +6,11 @@ larochelle: Larochelle and Murray, The neural autoregressive distribution estima
 """
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.mnist import DEFAULT_ROOT, DataError, Loader, load, take
+from datasets.mnist import FILE, DataError, Loader, load, take
 
 SIZES = [50_000, 10_000, 10_000]
 STATIC_SEED = 2008
@@ -27,7 +26,7 @@ class BinaryLoader(Loader):
     """A Loader that yields the images alone: float32 `[batch, 1, 28, 28]` in {0, 1}.
 
     With `dynamic=True` its `images` are grey, and every pixel that it yields is drawn from
-    Bernoulli(grey / 255), by the attribute `generator`.
+    Bernoulli(grey / 255).
     """
 
     def __init__(self, *args, dynamic=False, **kwargs):
@@ -39,25 +38,23 @@ class BinaryLoader(Loader):
         if self.dynamic:
             # Of the 255 values 0..254, as many as the grey value says are below it. Drawing bytes
             # is exact, and faster than torch.rand or torch.bernoulli.
-            images = torch.empty_like(images).random_(0, 255, generator=self.generator) < images
+            images = torch.empty_like(images).random_(0, 255) < images
         return images.view(-1, 1, 28, 28).float()
 
 
 def bmnist(
-    root=DEFAULT_ROOT, batch_size=128, download=True, *,
-    binarization="static", device="cpu", seed=0,
-):  # fmt: skip
+    root="./data/", batch_size=128, download=True, *, binarization="static", device="cpu"
+):
     """Return the training, validation and test BinaryLoader, of 50,000, 10,000 and 10,000 images.
 
     These are the first 50,000 and the last 10,000 images of the training file, and the test file.
 
     Args:
-        root: the folder of Larochelle's files, and see `datasets.mnist.mnist`.
-        download: without effect, because the data come with the repository.
-        binarization: "static": each pixel drawn once from Bernoulli(grey / 255), whatever the
-            seed. "dynamic": the training images drawn anew whenever they are used, the others
-            static. "larochelle": a published draw, in files that you supply, without labels.
-        seed: of the order of the training images, and of the dynamic draws.
+        root, download: the template's, without effect, because the data come with the repository.
+        binarization: "static": each pixel drawn once from Bernoulli(grey / 255), always the same
+            way. "dynamic": the training images drawn anew whenever they are used, the others
+            static. "larochelle": a published draw, in files that you put beside this one, without
+            labels.
 
     Raises DataError for a missing or damaged file, another `binarization` or a bad `batch_size`.
     """
@@ -65,16 +62,16 @@ def bmnist(
         raise DataError(f"binarization {binarization!r} is not static, dynamic or larochelle")
     dynamic = binarization == "dynamic"
     if binarization == "larochelle":
-        images = [read_amat(Path(root, name), n).to(device) for name, n in LAROCHELLE.items()]
+        images = [read_amat(FILE.with_name(name), n).to(device) for name, n in LAROCHELLE.items()]
         labels = [None, None, None]
     else:
-        grey, labels = load(root)
+        grey, labels = load()
         images = list(binarize(grey).to(device).split(SIZES))
         labels = labels.to(device).split(SIZES)
         if dynamic:
             images[0] = grey[: SIZES[0]].to(device)
     return (
-        BinaryLoader(images[0], labels[0], batch_size, shuffle=True, seed=seed, dynamic=dynamic),
+        BinaryLoader(images[0], labels[0], batch_size, shuffle=True, dynamic=dynamic),
         BinaryLoader(images[1], labels[1], batch_size),
         BinaryLoader(images[2], labels[2], batch_size),
     )

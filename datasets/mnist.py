@@ -1,31 +1,20 @@
-"""MNIST (LeCun, Cortes and Burges, 1998), read from the `mnist.npz` beside this file.
+"""MNIST (LeCun, Cortes and Burges, 1998), read from the `mnist.npz` beside this file."""
 
-`python -m datasets.mnist` makes that file anew from torchvision's download.
-"""
-
-import contextlib
 import functools
 import hashlib
-import io
-import os
-import sys
-import tempfile
 import textwrap
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 
 FILE = Path(__file__).resolve().with_name("mnist.npz")
-REMEDY = "give the folder of the repository's mnist.npz, or make it: python -m datasets.mnist"
 SHA256 = {  # of the bytes of each array
     "train_images": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
     "train_labels": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
     "test_images": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
     "test_labels": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
-DEFAULT_ROOT = "./data/"
 PADDING = 2  # pixels on each side: 5% of 28, rounded up
 PADDED = 28 + 2 * PADDING
 MAX_SHIFT = 0.05 * PADDED
@@ -41,18 +30,16 @@ class Loader:
     Args:
         images: uint8 `[N, 784]`, not to be written to.
         labels: int64 `[N]`, or None if there are none.
-        shuffle: draw a new order for each epoch from the attribute `generator`, whose state
-            between two epochs is all it takes to go on with the same epochs later.
+        shuffle: draw a new order for each epoch, from PyTorch's own generator.
         drop_last: leave out the last batch if it is smaller than `batch_size`.
 
     Yields `(images, labels)`: float32 `[batch, 784]` of pixels in 0..255, and int64 `[batch]`.
     Raises DataError if `batch_size` is below 1, or leaves no batch but the one that is dropped.
     """
 
-    def __init__(self, images, labels, batch_size, shuffle=False, drop_last=False, seed=0):
+    def __init__(self, images, labels, batch_size, shuffle=False, drop_last=False):
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.generator = torch.Generator(images.device).manual_seed(seed)
         if batch_size < 1 or len(self) == 0:
             raise DataError(f"batch size {batch_size} makes no batch of {len(images)} images")
 
@@ -63,18 +50,11 @@ class Loader:
     def __iter__(self):
         return map(self.batch, self.rows())
 
-    def limit(self, n_batches):
-        """Keep only the first `n_batches` batches of images."""
-        n = n_batches * self.batch_size
-        self.images = self.images[:n]
-        self.labels = None if self.labels is None else self.labels[:n]
-
     def rows(self):
         """Return the rows of each batch of a new epoch: index tensors if shuffled, else slices."""
-        n, size, device = len(self.images), self.batch_size, self.images.device
+        n, size = len(self.images), self.batch_size
         if self.shuffle:
-            order = torch.randperm(n, generator=self.generator, device=device)
-            return order[: len(self) * size].split(size)
+            return torch.randperm(n, device=self.images.device)[: len(self) * size].split(size)
         return [slice(i * size, (i + 1) * size) for i in range(len(self))]
 
     def batch(self, rows):
@@ -102,8 +82,7 @@ class ShiftedLoader(Loader):
 
     def __iter__(self):
         n, device = len(self.images), self.images.device
-        shifts = torch.empty(2, n, device=device)
-        shifts.uniform_(-MAX_SHIFT, MAX_SHIFT, generator=self.generator)
+        shifts = torch.empty(2, n, device=device).uniform_(-MAX_SHIFT, MAX_SHIFT)
         down, right = shifts.round().long()
         corners = torch.arange(n, device=device) * PADDED**2
         corners += (PADDING - down) * PADDED + (PADDING - right)
@@ -118,54 +97,49 @@ def take(tensor, rows):
 
 
 def mnist(
-    root=DEFAULT_ROOT, batch_size=128, download=True, *,
-    n_train=40_000, shift=True, drop_last=False, device="cpu", seed=0,
+    root="./data/", batch_size=128, download=True, *,
+    n_train=40_000, shift=True, drop_last=False, device="cpu",
 ):  # fmt: skip
     """Return the training, validation and test Loader of MNIST in grey values 0..255.
 
     Args:
-        root: the folder of `mnist.npz`; where "./data/" has none, the repository's is read.
-        download: without effect, because the data come with the repository.
+        root, download: the template's, without effect, because the data come with the repository.
         n_train: train on the first `n_train` images and validate on the 10,000 after them.
         shift: shift the training images at random (ShiftedLoader).
         drop_last: leave out the last training batch if it is not full.
-        seed: of the order and the shifts of the training images.
 
     Raises DataError for a missing or damaged file and an impossible `n_train` or `batch_size`.
     """
     if not 1 <= n_train <= 50_000:
         raise DataError(f"the number of training images must be in 1..50000, not {n_train}")
-    images, labels = (tensor.to(device) for tensor in load(root))
+    images, labels = (tensor.to(device) for tensor in load())
     train, val, test = slice(n_train), slice(n_train, n_train + 10_000), slice(60_000, 70_000)
-    train_loader = (ShiftedLoader if shift else Loader)(
-        images[train], labels[train], batch_size, shuffle=True, drop_last=drop_last, seed=seed
+    kind = ShiftedLoader if shift else Loader
+    return (
+        kind(images[train], labels[train], batch_size, shuffle=True, drop_last=drop_last),
+        Loader(images[val], labels[val], batch_size),
+        Loader(images[test], labels[test], batch_size),
     )
-    val_loader = Loader(images[val], labels[val], batch_size)
-    test_loader = Loader(images[test], labels[test], batch_size)
-    return train_loader, val_loader, test_loader
 
 
-def load(root=DEFAULT_ROOT):
+@functools.cache
+def load():
     """Return the images of the training and then the test file, uint8 `[70000, 784]`, and labels.
 
     The labels are int64 `[70000]`. Raises DataError if the file is missing or damaged.
     """
-    path = Path(root, FILE.name)
-    if os.path.isfile(path):  # which no name is too long for
-        return _read(path.resolve())
-    if root == DEFAULT_ROOT:
-        return _read(FILE)
-    raise DataError(f"{path} is missing; {REMEDY}")
-
-
-@functools.cache
-def _read(path):
     try:
-        with np.load(path) as archive:
+        # Opened here: NumPy leaves a damaged archive open, and takes other files for pickles.
+        with FILE.open("rb") as file:
+            if file.read(4) != b"PK\3\4":
+                raise ValueError("no npz archive")
+            file.seek(0)
+            archive = np.load(file)
             arrays = {name: archive[name] for name in SHA256}
         verify(arrays)
     except Exception as error:  # a damaged archive fails in a dozen ways, with one remedy
-        raise DataError(f"{path}: {textwrap.shorten(str(error), 200)}; {REMEDY}") from error
+        what = textwrap.shorten(str(error), 200)
+        raise DataError(f"{FILE}: {what}; datasets/README.md says where to get it") from error
     images = np.concatenate([arrays["train_images"], arrays["test_images"]]).reshape(-1, 784)
     labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
     return torch.from_numpy(images), torch.from_numpy(labels).long()
@@ -180,36 +154,3 @@ def verify(arrays):
             raise DataError(f"{name} is {array.dtype} {array.shape}, not uint8 {shape}")
         if hashlib.sha256(array.tobytes()).hexdigest() != sha256:
             raise DataError(f"{name} has the wrong SHA-256")
-
-
-def fetch():
-    """Return MNIST's arrays, downloaded by torchvision without a word on the screen."""
-    from torchvision.datasets import MNIST  # nothing else here needs torchvision
-
-    arrays = {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        for name in ("train", "test"):
-            split = MNIST(folder, train=name == "train", download=True)
-            arrays[f"{name}_images"] = split.data.numpy()
-            arrays[f"{name}_labels"] = split.targets.numpy().astype(np.uint8)
-    return arrays
-
-
-def main():
-    """Put a fresh download with the right SHA-256 sums in the place of `mnist.npz`."""
-    partial = FILE.with_name(f".{FILE.name}.{os.getpid()}")
-    try:
-        arrays = fetch()
-        verify(arrays)
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(partial, FILE)
-    except (DataError, HTTPException, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {FILE} is unchanged: {textwrap.shorten(str(error), 300)}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()
