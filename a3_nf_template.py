@@ -16,8 +16,6 @@ import io
 import json
 import math
 import os
-import platform
-import statistics
 import sys
 import time
 import timeit
@@ -79,14 +77,10 @@ class Coupling(nn.Module):
         # Normalized, since else an unusual pixel is amplified from layer to layer: a single image
         # in 40,000 then cost 7.6 million bits/dim.
         self.nn = nn.Sequential(
-            nn.Linear(n_kept, n_hidden),
-            nn.LayerNorm(n_hidden),
-            nn.GELU(),
-            nn.Linear(n_hidden, n_hidden),
-            nn.LayerNorm(n_hidden),
-            nn.GELU(),
+            nn.Linear(n_kept, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
+            nn.Linear(n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
             nn.Linear(n_hidden, 2 * n_changed),
-        )
+        )  # fmt: skip
         # With zero scales and shifts the layer starts as the identity.
         nn.init.zeros_(self.nn[-1].weight)
         nn.init.zeros_(self.nn[-1].bias)
@@ -123,10 +117,8 @@ class Flow(nn.Module):
         super().__init__()
         mask, side = get_mask(), math.isqrt(shape[0])
         n_pixels = {"affine": mask.numel(), "mixture": side**2}
-        if coupling not in n_pixels:
-            raise ValueError(f"coupling {coupling!r} is not allowed; give one of {list(n_pixels)}")
-        if list(shape) != [n_pixels[coupling]]:
-            raise ValueError(f"shape {shape} does not fit; give [{n_pixels[coupling]}]")
+        if list(shape) != [n_pixels.get(coupling)]:
+            raise ValueError(f"no {coupling!r} couplings fit {shape}, pixels must be {n_pixels}")
         if coupling == "mixture":
             splits = nested_splits(torch.arange(shape[0]).view(side, side))
             layers = (MixtureCoupling(*split) for split in splits)
@@ -346,11 +338,9 @@ def main():
 
 
 def faster_precision():
-    """Returns "bfloat16" if a layer takes clearly less time in it here, else "float32".
-
-    Measured, because no processor flag tells; by turns, on one thread and by the best time, so
-    that a machine which is busy with other work gives the same answer.
-    """
+    """Returns "bfloat16" if a layer takes clearly less time in it here, else "float32"."""
+    # Measured, since no processor flag tells: by turns, on one thread and by the best time, so
+    # that a machine which is busy with other work gives the same answer.
     if ARGS.device == "cuda":
         return "bfloat16"
     x, weight = torch.ones(128, 1024), torch.ones(1024, 1024)
@@ -491,10 +481,6 @@ def nested_splits(grid):
 
 
 # >>> shared block: the same characters in all three scripts (`make block` copies the VAE's) >>>
-REPOSITORY = Path(__file__).resolve().parent
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
-
-
 def fail(message, status=2):
     """Ends the program with the line `error: message` on standard error."""
     print(f"error: {message}", file=sys.stderr)
@@ -519,7 +505,7 @@ def results_folder(name, parser, args):
     for option, value in run_options(args).items():
         if value != parser.get_default(option):
             name += f"_{value}" if isinstance(value, str) else f"_{option}{value}"
-    return REPOSITORY / "results" / name
+    return Path(__file__).resolve().parent / "results" / name
 
 
 def write(path, content):
@@ -534,10 +520,9 @@ def write(path, content):
 
 
 def save_figure(figure, filename):
-    """Saves a figure as PDF, for the report, and as PNG, to look at."""
+    """Saves a figure as PDF and PNG; without a date, so that the same figure is the same file."""
     for kind in ("pdf", "png"):
         buffer = io.BytesIO()
-        # Without a date, the same figure is the same file.
         metadata = {"CreationDate": None}
         figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
         write(Path(filename).with_suffix(f".{kind}"), buffer.getvalue())
@@ -581,16 +566,14 @@ def save_results(args, model, columns, final):
         "options": run_options(args),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "epoch_seconds": statistics.median(columns["seconds"]),
+        "torch": str(torch.__version__),
         "final": final,
     }
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    files = {"weights.pt": torch_bytes(model.state_dict()), "metrics.csv": table.encode(),
-             "summary.json": (json.dumps(summary, indent=2) + "\n").encode()}  # fmt: skip
-    for name, content in files.items():
-        write(args.results_dir / name, content)
+    write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
+    write(args.results_dir / "metrics.csv", table.encode())
+    write(args.results_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def run(main, args):
@@ -606,17 +589,15 @@ def run(main, args):
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} has the last epoch" if path.is_file() else "no epoch was saved"
-        text, status = (error, 1) if error.args else ("interrupted", 130)
-        fail(f"{text}; {kept}", status)
+        fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
 
 
 # <<< shared block <<<
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # one line, where argparse would print its usage, too
     parser.add_argument("--epochs", type=int, default=40, help="passes over the images")
     parser.add_argument("--coupling", default="affine", choices=["affine", "mixture"],
@@ -624,7 +605,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=128, help="images in a batch")
     parser.add_argument("--lr", type=float, help="peak; None: 2e-3 affine, 8e-3 mixture")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help="where to run")
+    parser.add_argument("--device", default=devices[-1], choices=devices, help="where to run")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="of products in each epoch; auto: what is faster")  # fmt: skip
     parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
@@ -636,5 +617,4 @@ if __name__ == "__main__":
     ARGS.lr = parser.get_default("lr") if ARGS.lr is None else ARGS.lr
     check_numbers(ARGS)
     ARGS.results_dir = ARGS.results_dir or results_folder("nf", parser, ARGS)
-
     run(main, ARGS)

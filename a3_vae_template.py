@@ -15,8 +15,6 @@ import io
 import json
 import math
 import os
-import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -50,7 +48,6 @@ class Encoder(nn.Module):
 
     def forward(self, input):
         """Maps images, `[batch, 784]` or `[batch, 1, 28, 28]`, to mean and std `[batch, z_dim]`."""
-        # GELU instead of ReLU: smooth, and a little better here.
         hidden = F.gelu(self.hidden(input.flatten(1)))
         mean, log_std = self.mean_and_log_std(hidden).chunk(2, dim=1)
         return mean, log_std.exp()
@@ -106,8 +103,7 @@ class VAE(nn.Module):
         -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) (paper, equation 3), the expectation
         estimated with a single z for each image.
         """
-        reconstruction, kl = self.losses(input)
-        return (reconstruction + kl).mean()
+        return sum(self.losses(input)).mean()
 
     def losses(self, input):
         """Returns the two terms of the negative ELBO, `[batch]` each, in nats (Question 1.10)."""
@@ -207,8 +203,7 @@ def save_manifold(model, filename, n_side=20):
 
 
 def main():
-    # Products of float32 matrices may run in bfloat16 where the processor has it, which is up to a
-    # third faster; sums, results and weights stay float32.
+    # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
     train, val, test = bmnist(batch_size=ARGS.batch_size, binarization=ARGS.binarization,
@@ -227,6 +222,7 @@ def main():
     if ARGS.resume:
         train_curve, val_curve, seconds = load_checkpoint(ARGS, parts)
     else:
+        torch.manual_seed(ARGS.seed)
         save_samples(model, ARGS.results_dir / "samples_before.pdf")
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
@@ -269,10 +265,6 @@ def main():
 
 
 # >>> shared block: the same characters in all three scripts (`make block` copies the VAE's) >>>
-REPOSITORY = Path(__file__).resolve().parent
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
-
-
 def fail(message, status=2):
     """Ends the program with the line `error: message` on standard error."""
     print(f"error: {message}", file=sys.stderr)
@@ -297,7 +289,7 @@ def results_folder(name, parser, args):
     for option, value in run_options(args).items():
         if value != parser.get_default(option):
             name += f"_{value}" if isinstance(value, str) else f"_{option}{value}"
-    return REPOSITORY / "results" / name
+    return Path(__file__).resolve().parent / "results" / name
 
 
 def write(path, content):
@@ -312,10 +304,9 @@ def write(path, content):
 
 
 def save_figure(figure, filename):
-    """Saves a figure as PDF, for the report, and as PNG, to look at."""
+    """Saves a figure as PDF and PNG; without a date, so that the same figure is the same file."""
     for kind in ("pdf", "png"):
         buffer = io.BytesIO()
-        # Without a date, the same figure is the same file.
         metadata = {"CreationDate": None}
         figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
         write(Path(filename).with_suffix(f".{kind}"), buffer.getvalue())
@@ -359,16 +350,14 @@ def save_results(args, model, columns, final):
         "options": run_options(args),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "epoch_seconds": statistics.median(columns["seconds"]),
+        "torch": str(torch.__version__),
         "final": final,
     }
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    files = {"weights.pt": torch_bytes(model.state_dict()), "metrics.csv": table.encode(),
-             "summary.json": (json.dumps(summary, indent=2) + "\n").encode()}  # fmt: skip
-    for name, content in files.items():
-        write(args.results_dir / name, content)
+    write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
+    write(args.results_dir / "metrics.csv", table.encode())
+    write(args.results_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def run(main, args):
@@ -384,17 +373,15 @@ def run(main, args):
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} has the last epoch" if path.is_file() else "no epoch was saved"
-        text, status = (error, 1) if error.args else ("interrupted", 130)
-        fail(f"{text}; {kept}", status)
+        fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
 
 
 # <<< shared block <<<
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # one line, where argparse would print its usage, too
     parser.add_argument("--epochs", type=int, default=40, help="passes over the images")
     parser.add_argument("--zdim", type=int, default=20, help="dimensions of the latent")
@@ -403,12 +390,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the first epoch")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help="where to run")
+    parser.add_argument("--device", default=devices[-1], choices=devices, help="where to run")
     parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
     ARGS = parser.parse_args()
     check_numbers(ARGS)
     ARGS.results_dir = ARGS.results_dir or results_folder("vae", parser, ARGS)
-
     run(main, ARGS)

@@ -42,9 +42,7 @@ class BinaryLoader(Loader):
         return images.view(-1, 1, 28, 28).float()
 
 
-def bmnist(
-    root="./data/", batch_size=128, download=True, *, binarization="static", device="cpu"
-):
+def bmnist(root="./data/", batch_size=128, download=True, *, binarization="static", device="cpu"):
     """Return the training, validation and test BinaryLoader, of 50,000, 10,000 and 10,000 images.
 
     These are the first 50,000 and the last 10,000 images of the training file, and the test file.
