@@ -4,13 +4,14 @@ python := .venv/bin/python
 installed := .venv/.installed
 developed := .venv/.developed
 
-.PHONY: tour full vae vae_dynamic vae_zdim2 gan nf nf_mixture report test bench clean help
+.PHONY: tour full vae vae_dynamic vae_zdim2 gan nf nf_mixture measure report test bench block clean help
 .DEFAULT_GOAL := tour
 
 tour: $(installed)  ## train all three briefly, into results/tour (the default)
-	$(python) a3_vae_template.py --epochs 10 --iw_samples 100 --results_dir results/tour/vae
+	$(python) a3_vae_template.py --epochs 10 --results_dir results/tour/vae
 	$(python) a3_nf_template.py --epochs 2 --results_dir results/tour/nf
 	$(python) a3_gan_template.py --n_epochs 10 --results_dir results/tour/gan
+	$(python) report/measure.py results/tour/vae results/tour/nf results/tour/gan
 	@echo
 	@echo "The tour is over. Look at its pictures:"
 	@ls results/tour/*/samples_after.png results/tour/*/elbo.png results/tour/*/bpd.png \
@@ -22,7 +23,8 @@ tour: $(installed)  ## train all three briefly, into results/tour (the default)
 # Side by side, as under `make -j2`, trainings are fastest with a thread each.
 train = $(if $(filter-out -j1,$(filter -j%,$(MAKEFLAGS))),OMP_NUM_THREADS=1) $(python)
 
-full: vae vae_dynamic vae_zdim2 gan nf nf_mixture  ## train everything at full length, into results/, and build the report
+full: vae vae_dynamic vae_zdim2 gan nf nf_mixture  ## train everything at full length, into results/, measure it and build the report
+	$(MAKE) measure
 	$(MAKE) report
 
 vae: $(installed)  ## the VAE with 20 latent dimensions
@@ -43,6 +45,10 @@ nf: $(installed)  ## the flow
 nf_mixture: $(installed)  ## the flow with mixture couplings
 	$(train) a3_nf_template.py --coupling mixture
 
+# The weights of nf are not in git: a fresh clone measures all but these.
+measure: $(installed)  ## what the report says of the trained models, into results/*/measures.json
+	$(python) report/measure.py $(addprefix results/,vae vae_dynamic vae_zdim2 gan nf_mixture nf)
+
 report:  ## report/report.pdf from the figures and numbers in results/ (needs LaTeX)
 	$(MAKE) -C report
 
@@ -54,8 +60,14 @@ test: $(developed)  ## lint and tests
 bench: $(developed)  ## how far each training step is from what the machine can do
 	$(python) benchmarks/benchmark.py
 
+block:  ## copy the block that the scripts share from the VAE's into the other two
+	@sed -n '/^# >>> shared/,/^# <<< shared/p' a3_vae_template.py > .block
+	@sed -i.old -e '/^# <<< shared/r .block' -e '/^# >>> shared/,/^# <<< shared/d' \
+	  a3_gan_template.py a3_nf_template.py
+	@rm .block a3_*_template.py.old
+
 clean:  ## remove the environment, the tour and what tests and builds leave behind
-	rm -rf .venv results/tour results/*_fast_dev_run* .pytest_cache .ruff_cache
+	rm -rf .venv results/tour .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	$(MAKE) -C report clean
 
@@ -63,6 +75,8 @@ help:  ## this list
 	@sed -n 's/^\([a-z_0-9]*\):.*## /\1 | /p' Makefile | column -t -s '|'
 
 .venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "error: this needs Python 3.10 or newer, which $(PYTHON) is not; make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "error: $(PYTHON) -m venv does not work; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 

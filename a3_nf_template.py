@@ -74,8 +74,8 @@ class Coupling(nn.Module):
         self.register_buffer("kept", kept.nonzero().flatten(), persistent=False)
         self.register_buffer("changed", (~kept).nonzero().flatten(), persistent=False)
         n_kept, n_changed = len(self.kept), len(self.changed)
-        # Normalized, since else an unusual pixel is amplified from layer to layer: a single image
-        # in 40,000 then cost 7.6 million bits/dim.
+        # Normalized: otherwise an unusual pixel is amplified from coupling to coupling, and a
+        # single image in 40,000 once cost 7.6 million bits/dim.
         self.nn = nn.Sequential(
             nn.Linear(n_kept, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
             nn.Linear(n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.GELU(),
@@ -118,7 +118,7 @@ class Flow(nn.Module):
         mask, side = get_mask(), math.isqrt(shape[0])
         n_pixels = {"affine": mask.numel(), "mixture": side**2}
         if list(shape) != [n_pixels.get(coupling)]:
-            raise ValueError(f"no {coupling!r} couplings fit {shape}, pixels must be {n_pixels}")
+            raise ValueError(f"{coupling!r} couplings do not fit {shape}, only {n_pixels}")
         if coupling == "mixture":
             splits = nested_splits(torch.arange(shape[0]).view(side, side))
             layers = (MixtureCoupling(*split) for split in splits)
@@ -175,7 +175,7 @@ class Model(nn.Module):
         """Maps latents to images, `[batch, 784]` in [0, 256]."""
         z, logdet = self.flow(z, torch.zeros_like(z[:, 0]), reverse=True)
         z, _ = self.logit_normalize(z, logdet, reverse=True)
-        # The logit's alpha leaves the flow a hair of room outside of the pixel range.
+        # The logit's alpha lets far latents decode slightly outside of the pixel range.
         return z.clamp(0, 256)
 
     def forward(self, input):
@@ -303,7 +303,7 @@ def main():
     print(f"training on {ARGS.device} in {precision}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # so that --resume goes on alike
+        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # its own draws, also if resumed
         start = time.perf_counter()
         train_bpd, val_bpd = run_epoch(model, (train, val), optimizer, schedule, precision)
         # Validation uses the very weights that would be saved.
@@ -316,7 +316,7 @@ def main():
               f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
 
         # Samples half-way and at the end (Question 3.8)
-        torch.manual_seed(ARGS.seed)  # of always the same latents
+        torch.manual_seed(ARGS.seed)  # the same latents each time
         if epoch == (ARGS.epochs + 1) // 2:
             save_images(model.sample(25), ARGS.results_dir / "samples_halfway.pdf", nrow=5)
         if epoch == ARGS.epochs:
@@ -324,7 +324,7 @@ def main():
         save_checkpoint(ARGS, parts, (train_curve, val_curve, seconds, precision))
 
     torch.manual_seed(ARGS.seed)
-    test_bpd = epoch_iter(model.eval(), test, optimizer)
+    test_bpd = epoch_iter(model.eval(), test, optimizer)  # in float32
     print(f"test_bpd {test_bpd:.3f}")
     rows = [0, (test.labels != test.labels[0]).int().argmax().item()]  # of two digits
     save_interpolation(model, test.images[rows], ARGS.results_dir / "interpolation.pdf")
@@ -338,11 +338,11 @@ def main():
 
 
 def faster_precision():
-    """Returns "bfloat16" if a layer takes clearly less time in it here, else "float32"."""
-    # Measured, since no processor flag tells: by turns, on one thread and by the best time, so
-    # that a machine which is busy with other work gives the same answer.
+    """Returns "bfloat16" on a GPU or where a layer is clearly faster in it, else "float32"."""
     if ARGS.device == "cuda":
         return "bfloat16"
+    # Measured, since no processor flag tells: by turns, on one thread and by the best time, so
+    # that a machine which is busy with other work gives the same answer.
     x, weight = torch.ones(128, 1024), torch.ones(1024, 1024)
     seconds, n_threads = {"float32": [], "bfloat16": []}, torch.get_num_threads()
     torch.set_num_threads(1)
@@ -358,7 +358,7 @@ class ConvNet(nn.Module):
     """A residual network on a lattice of `side` x `side` cells; on a single cell, linear layers.
 
     Each block and the last layer first normalize what they read over the cells and channels of an
-    image (layer normalization, Ba et al., 2016): twice the learning rate diverges without that.
+    image (layer normalization, Ba et al., 2016): without it, training diverges at twice the rate.
     """
 
     def __init__(self, side, c_in, c_hidden, c_out, n_blocks=4):
@@ -488,7 +488,7 @@ def fail(message, status=2):
 
 
 def check_numbers(args):
-    """Ends the program if a number among the options is not positive and finite."""
+    """Ends the program if a number among the options is out of range."""
     for name, value in vars(args).items():
         least = -1 if name == "seed" else 0
         if type(value) in (int, float) and not least < value < 2**31:  # nan is not
@@ -530,7 +530,7 @@ def save_figure(figure, filename):
 
 
 def torch_bytes(state):
-    """Returns what `torch.save` would write: the same bytes for the same state."""
+    """Returns a state as `torch.save` writes it to memory: the same bytes for the same state."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -585,10 +585,10 @@ def run(main, args):
     except BrokenPipeError:  # nobody reads on, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
+        fail(f"{error.filename or '-'}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
-        kept = f"{path} has the last epoch" if path.is_file() else "no epoch was saved"
+        kept = f"{path} is the last one" if path.is_file() else "there is no checkpoint"
         fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
 
 
@@ -612,7 +612,7 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
     ARGS = parser.parse_args()
-    # A default after all, so that the rate of a coupling is no part of its folder's name.
+    # The coupling's own default: a rate equal to it stays out of the folder's name.
     parser.set_defaults(lr={"affine": 2e-3, "mixture": 8e-3}[ARGS.coupling])
     ARGS.lr = parser.get_default("lr") if ARGS.lr is None else ARGS.lr
     check_numbers(ARGS)

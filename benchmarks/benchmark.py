@@ -10,7 +10,7 @@ In turns, so that a noisy machine disturbs all alike:
   precision; the products into memory of their own, while convolutions allocate theirs.
 
 A table is printed, and more numbers are written to benchmarks/DEVICE.json. Options that it does
-not know are passed on to the scripts: `benchmark.py --precision float32`.
+not know are passed on to the scripts: `benchmark.py --batch_size 256`.
 """
 
 import argparse
@@ -94,7 +94,8 @@ def time_between(batches, loader):
                     operator(*args, **kwargs)
         stop("floor", begin, n_steps)
     # The first round warms up.
-    raise TimedError(peak, len(loader), {name: ms[1:] for name, ms in times.items()})
+    precision = str(recorder.calls[0][1][0].dtype).removeprefix("torch.")
+    raise TimedError(peak, len(loader), precision, {name: ms[1:] for name, ms in times.items()})
 
 
 def peak_memory(device):
@@ -132,7 +133,7 @@ def measure(name, options):
         try:
             exec(compile(file.read_text(), file, "exec"), script)
         except TimedError as found:
-            peak, n_batches, times = found.args
+            peak, n_batches, precision, times = found.args
     args = vars(script["ARGS"])
     ratios = [step / bare for step, bare in zip(times["step"], times["floor"], strict=True)]
     n_epochs = args.get("epochs") or args["n_epochs"]
@@ -140,7 +141,7 @@ def measure(name, options):
     return {
         "run": name,
         "device": torch.cuda.get_device_name() if args["device"] == "cuda" else cpu,
-        "precision": args["precision"],
+        "precision": precision,
         **{key: statistics.quantiles(values, n=4) for key, values in times.items()},
         "step_over_floor": statistics.median(ratios),
         "default_run_minutes": n_epochs * n_batches * statistics.median(times["step"]) / 60_000,

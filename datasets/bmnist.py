@@ -36,7 +36,7 @@ class BinaryLoader(Loader):
     def batch(self, rows):
         images = take(self.images, rows)
         if self.dynamic:
-            # Of the 255 values 0..254, as many as the grey value says are below it. Drawing bytes
+            # Of the 255 bytes 0..254, exactly `grey` many are below `grey`. Drawing bytes
             # is exact, and faster than torch.rand or torch.bernoulli.
             images = torch.empty_like(images).random_(0, 255) < images
         return images.view(-1, 1, 28, 28).float()

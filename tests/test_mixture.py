@@ -13,11 +13,6 @@ SPLITS = list(nf.nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE)))
 NAMES = [f"{len(kept)}x{len(kept)}, {kept.shape[2]} kept" for kept, _ in SPLITS]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def randomize(module):
     """Move all weights away from their start; return the module in float64."""
     with torch.no_grad():
