@@ -4,9 +4,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
-import sys
-from time import sleep
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ import scipy.spatial.distance
 import scipy.special
 import scipy.stats
 import torch
-from conftest import ROOT, committed, small
+from conftest import committed, small
 
 import a3_gan_template as gan
 import a3_nf_template as nf
@@ -64,9 +61,7 @@ def mean_and_stderr(samples):
     return samples.mean().item(), samples.std().item() / len(samples) ** 0.5
 
 
-# ---------------------------------------------------------------------------------------
 # VAE: the bounds, against log p(x) by quadrature over a 1-d latent
-# ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def one_dimensional():
     """A briefly trained model with a 1-d latent, an image, and its exact log p(x)."""
@@ -148,9 +143,7 @@ def test_vae_is_measured_on_the_test_images(binary, quick, monkeypatch, tmp_path
     vae.plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------
 # GAN
-# ---------------------------------------------------------------------------------------
 def test_nearest_neighbours_are_those_of_brute_force(grey):
     """More rows than a block has."""
     images = torch.cat([grey[1].images, grey[2].images[:7]]).float() / 255
@@ -229,17 +222,7 @@ def test_copies_of_the_training_images_are_judged_as_such(grey):
     assert measures["digits_present"] == 10
 
 
-def test_one_image_alone_is_judged_as_a_collapse(grey):
-    ones = grey[0].images[grey[0].labels == 1][:1].expand(50, -1)
-    measures = measure.judge(Copier(ones), *grey, len(ones))
-    assert measures["digits_present"] == 1
-    assert measures["digit_shares"] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert measures["digit_entropy"] == 0
-
-
-# ---------------------------------------------------------------------------------------
 # Flow
-# ---------------------------------------------------------------------------------------
 def test_bits_of_the_mean_density_are_fewer_than_the_mean_bits():
     bits = 2 + 0.01 * torch.rand(16, 30).double()
     tighter = measure.tighter_bits(bits)
@@ -275,9 +258,7 @@ def test_flow_is_measured_on_the_test_images(grey, quick):
     assert (measures["iw_samples"], measures["iw_images"]) == (2, 5)
 
 
-# ---------------------------------------------------------------------------------------
 # The program
-# ---------------------------------------------------------------------------------------
 def make_run(folder, kind):
     """Write what a run leaves, of random weights."""
     binary = {"batch_size": 20, "binarization": "static"}
@@ -294,7 +275,7 @@ def make_run(folder, kind):
 
 @pytest.mark.parametrize("kind", ["vae", "gan", "nf"])
 def test_measures_are_written_beside_the_weights_and_the_same_again(kind, tmp_path, quick):
-    n_threads, written = torch.get_num_threads(), []
+    written = []
     n = sum(weight.numel() for weight in make_run(tmp_path / kind, kind).parameters())
     for _ in range(2):
         measure.main([tmp_path / kind])
@@ -304,21 +285,11 @@ def test_measures_are_written_beside_the_weights_and_the_same_again(kind, tmp_pa
     measures = json.loads(written[0])
     assert measures["sample_ms"] == 1
     assert measures["parameters"] == n + 533_505 * (kind == "gan")
-    assert torch.get_num_threads() == n_threads
     assert (tmp_path / kind / "latent_space.png").is_file() == (kind == "vae")
 
 
-def test_sample_time_is_the_best_of_five_on_one_thread():
-    threads, naps = [], iter([0.1, 0.1, 0.02, 0.1, 0.1])
-    torch.set_num_threads(2)
-    ms = measure.sample_ms(lambda: threads.append(torch.get_num_threads()) or sleep(next(naps)))
-    assert (threads, torch.get_num_threads()) == ([1] * 5, 2)
-    assert 20 <= ms < 90
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("file", ["weights.pt", "summary.json"])
-@pytest.mark.parametrize("content", [None, "{", '{"options": {"zdim": 3}}'])
+@pytest.mark.parametrize("content", [None, "{"])
 def test_a_folder_that_cannot_be_read_is_one_line(file, content, tmp_path, capsys):
     make_run(tmp_path / "vae", "vae")
     (tmp_path / "vae" / file).unlink()
@@ -329,13 +300,6 @@ def test_a_folder_that_cannot_be_read_is_one_line(file, content, tmp_path, capsy
     error = capsys.readouterr().err
     assert (end.value.code, error.count("\n"), error.startswith("error: ")) == (2, 1, True)
     assert not (tmp_path / "vae" / "measures.json").exists()
-
-
-def test_the_program_runs_from_any_folder(tmp_path):
-    command = [sys.executable, ROOT / "report/measure.py", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: nowhere has no weights.pt")
 
 
 def test_committed_gan():

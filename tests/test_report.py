@@ -115,9 +115,6 @@ def hand_typed_numbers(tex):
     return re.findall(NUMBER, re.sub(rf"{environment}|(?<!\\)\$[^$]*\$", formula, tex))
 
 
-# ----------------------------------------------------------------------- the source
-
-
 def test_every_question_has_its_heading_once_and_in_order(body):
     assert len(QUESTIONS) == 31
     assert re.findall(r"\\question\{([^}]*)\}", body) == QUESTIONS
@@ -128,8 +125,6 @@ def test_no_number_is_typed_by_hand(body):
     assert [piece for piece in ALLOWED if piece not in body] == []
     for number in ("-97.6 nats", "$V=-1.24$", "12 minutes", r"81\%", "$9$ of", "& 7.1 &"):
         assert hand_typed_numbers(f"The bound: {number}"), number
-    for harmless in (r"$x^2+\tfrac12$", r"\VaeTestElbo{} nats", r"\plot{0.5}{\results/v2.pdf}"):
-        assert hand_typed_numbers(harmless) == [], harmless
 
 
 def test_the_method_is_that_of_the_scripts():
@@ -160,9 +155,6 @@ def test_the_references_are_those_that_are_cited_and_can_be_found(body):
     entries = dict(re.findall(r"^@\w+\{(\w+),(.*?)^\}", bib, flags=re.M | re.S))
     assert sorted(entries) == sorted({key for keys in cited for key in keys.split(",")})
     assert [key for key, entry in entries.items() if not re.search("arXiv|pages", entry)] == []
-
-
-# ----------------------------------------------------------------------- macros.py
 
 
 def make_results(folder):
@@ -231,12 +223,6 @@ def test_the_extension_may_be_missing_and_nothing_else(tmp_path):
 
 # ----------------------------------------------------------------------- the build
 
-# A stand-in for the style of NIPS: a new page, a notice, options.
-STYLE = r"""\ProvidesPackage{nips_2018}[2018/03/03 a stand-in]
-\DeclareOption{final}{}\ProcessOptions\relax\newcommand{\@noticestring}{32nd Conference}
-\RequirePackage{natbib}\RequirePackage[letterpaper,margin=1in]{geometry}
-"""
-
 
 def make(folder, *arguments, **environment):
     """Run make without what an outer make has left in the environment."""
@@ -254,11 +240,10 @@ needs_latex = pytest.mark.skipif(
 
 
 @needs_latex
-def test_the_build_with_the_style_of_nips_and_a_name(tmp_path, macros):
+def test_the_build_with_a_name(tmp_path, macros):
     """It compiles, prints the name, and gives the same bytes again."""
     work = tmp_path / "report"
     shutil.copytree(REPORT, work, ignore=shutil.ignore_patterns("build", "*.pdf", "*.zip"))
-    (work / "nips_2018.sty").write_text(STYLE)
     made = []
     for _ in range(2):
         done = make(work, f"RESULTS={ROOT}/results", "AUTHOR=Zoë O'Doe")
@@ -316,9 +301,6 @@ def test_the_archive_is_what_git_tracks_and_the_report(tmp_path):
         packed = [*tracked[:2], "report/Makefile", "report/report.pdf"]
         assert archive.namelist() == packed
         assert [archive.read(name).decode() for name in tracked[:2]] == tracked[:2]
-
-
-# ----------------------------------------------------------------------- the PDF
 
 
 @pytest.fixture(scope="module")
