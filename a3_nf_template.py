@@ -325,7 +325,7 @@ def main():
 
     torch.manual_seed(ARGS.seed)
     test_bpd = epoch_iter(model.eval(), test, optimizer)  # in float32
-    print(f"test_bpd {test_bpd:.3f}")
+    print(f"test_bpd {test_bpd:.3f}", flush=True)
     rows = [0, (test.labels != test.labels[0]).int().argmax().item()]  # of two digits
     save_interpolation(model, test.images[rows], ARGS.results_dir / "interpolation.pdf")
     save_bpd_plot(train_curve, val_curve, ARGS.results_dir / "bpd.pdf")

@@ -254,7 +254,7 @@ def main():
 
     torch.manual_seed(ARGS.seed)
     test_elbo = epoch_iter(model.eval(), test, optimizer)
-    print(f"test_elbo {test_elbo:.2f}")
+    print(f"test_elbo {test_elbo:.2f}", flush=True)
     if ARGS.zdim == 2:
         save_manifold(model, ARGS.results_dir / "manifold.pdf")
     save_elbo_plot(train_curve, val_curve, ARGS.results_dir / "elbo.pdf")

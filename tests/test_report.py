@@ -44,7 +44,7 @@ ALLOWED = [
     # the assignment, and what others have written
     *("equation 12", "equation 13", "7 steps", "required 1.85 in epoch", "below 1.85 in epoch"),
     *("Figure~1 of", "Question~1.4", "Question~1.15", r"$225\pm2$"),
-    *("25 latents", "steps 1 to 4", "to step 1"),
+    *("25 latents", "steps 1 to 4", "to step 1", "against 10 per cent"),
     # constants of a formula
     *(r"\vz/10", "(x+u)/256", r"\log256", r"5\times10^8", r"-\log4\approx-1.386", "[0,256"),
     *(r"\{0,\dots,255\}", r"/20\bigr", r"$i=0,\dots,19$", r"$\Phi^{-1}(39/40)\approx1.96$"),
