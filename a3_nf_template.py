@@ -291,13 +291,13 @@ def main():
     optimizer = torch.optim.Adam(model.parameters(), lr=ARGS.lr, fused=True)
     factor = functools.partial(warm_up_and_decay, n_steps=ARGS.epochs * len(train))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    precision = faster_precision() if ARGS.precision == "auto" else ARGS.precision
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     train_curve, val_curve, seconds = [], [], []
     if ARGS.resume:
         train_curve, val_curve, seconds, precision = load_checkpoint(ARGS, parts)
     else:
+        precision = faster_precision() if ARGS.precision == "auto" else ARGS.precision
         torch.manual_seed(ARGS.seed)
         save_images(model.sample(25), ARGS.results_dir / "samples_before.pdf", nrow=5)
     print(f"training on {ARGS.device} in {precision}, results in {ARGS.results_dir}", flush=True)

@@ -88,6 +88,22 @@ def way_off(start, expected, found):
     return ((found - expected).norm() / (start - expected).norm()).item()
 
 
+def mean_and_stderr(samples):
+    samples = samples.double()
+    return samples.mean().item(), samples.std().item() / len(samples) ** 0.5
+
+
+def briefly_trained_vae(images):
+    """Return a small VAE with a 1-d latent, over which quadrature can integrate."""
+    model = VAE.module.VAE(hidden_dim=20, z_dim=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(images).backward()
+        optimizer.step()
+    return model
+
+
 @dataclasses.dataclass
 class Ended:
     """How a run of a script ended, and the names that it had defined by then."""

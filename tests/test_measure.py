@@ -12,7 +12,7 @@ import scipy.spatial.distance
 import scipy.special
 import scipy.stats
 import torch
-from conftest import committed, small
+from conftest import briefly_trained_vae, committed, mean_and_stderr, small
 
 import a3_gan_template as gan
 import a3_nf_template as nf
@@ -56,23 +56,13 @@ def quick(monkeypatch, grey, binary):
     monkeypatch.setattr(measure, "mnist", lambda **_: grey)
 
 
-def mean_and_stderr(samples):
-    samples = samples.double()
-    return samples.mean().item(), samples.std().item() / len(samples) ** 0.5
-
-
 # VAE: the bounds, against log p(x) by quadrature over a 1-d latent
 @pytest.fixture(scope="module")
 def one_dimensional():
     """A briefly trained model with a 1-d latent, an image, and its exact log p(x)."""
     torch.manual_seed(1)
     images = bmnist()[2].images[:300].float()
-    model = vae.VAE(hidden_dim=20, z_dim=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(images).backward()
-        optimizer.step()
+    model = briefly_trained_vae(images)
     x, z = images[0], torch.linspace(-8, 8, 4001)
     with torch.no_grad():
         means = model.decoder(z[:, None]).double().numpy()

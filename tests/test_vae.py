@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import VAE, Results, committed, small, way_off
+from conftest import VAE, Results, briefly_trained_vae, committed, mean_and_stderr, small, way_off
 from torch import nn
 
 import a3_vae_template as vae
@@ -89,19 +89,9 @@ def test_model_may_be_float64(images):
 
 
 # ------------------------ The bound ------------------------
-def mean_and_stderr(samples):
-    samples = samples.double()
-    return samples.mean().item(), samples.std().item() / len(samples) ** 0.5
-
-
 def test_elbo_is_that_of_quadrature_and_a_lower_bound(images):
     """Over the 1-d latent of a briefly trained model."""
-    model = vae.VAE(hidden_dim=20, z_dim=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(images).backward()
-        optimizer.step()
+    model = briefly_trained_vae(images)
     x, z = images[0].flatten(), torch.linspace(-8, 8, 4001)
     with torch.no_grad():
         terms = [mean_and_stderr(term) for term in model.losses(x.expand(20_000, -1))]
