@@ -136,8 +136,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
             # Train Generator
             # ---------------
-            # The improved discriminator judges the same images, whose graph is still there; its
-            # own weights get no gradient.
+            # The improved discriminator judges the same images; its own weights get no gradient.
             loss_g = generator_loss(discriminator.logits(fake))
             optimizer_G.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))
@@ -146,10 +145,10 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             # Average Generator (over about the last fifth of the batches so far)
             # -----------------
             # Polynomial-decay averaging (Shamir & Zhang, 2013, with eta = 4), of batch
-            # normalisation's statistics, too. PyTorch's AveragedModel takes 30 times as long.
+            # normalization's statistics, too. PyTorch's AveragedModel takes 30 times as long.
             batches_done = (epoch - 1) * len(dataloader) + i
             for mean, new in zip(averaged, weights, strict=True):
-                if new.is_floating_point():  # all but batch normalisation's counters
+                if new.is_floating_point():  # all but batch normalization's counters
                     mean.lerp_(new, 5 / (4 + batches_done))
 
             # Save Images
@@ -201,9 +200,8 @@ def two_digits(generator, dataset, n_samples=100):
 def interpolate(z_from, z_to, n_images=9):
     """Returns `n_images` latents on the arc between two latents `[latent_dim]`, ends included.
 
-    Spherical, because standard-normal latents of d dimensions lie near a sphere of radius
-    sqrt(d): the middle of a straight line has about 0.7 of that length, where the generator
-    was never trained (White, 2016). Parallel latents have no arc and get the straight line.
+    Spherical (White, 2016): normal latents of d dimensions lie near a sphere of radius sqrt(d),
+    and the generator was not trained inside of it. Parallel latents get the straight line.
     """
     t = torch.linspace(0, 1, n_images, device=z_from.device)[:, None]
     angle = torch.acos(torch.cosine_similarity(z_from, z_to, dim=0).clamp(-1, 1))
@@ -222,17 +220,18 @@ def save_images(images, filename, nrow):
 
 
 def save_training_plot(history, filename):
-    """Plots V and the mean outputs of D by epoch; dashed: their values at the equilibrium."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(5.5, 2.2), layout="constrained")
+    """Plots V and D's mean outputs by epoch, without the first 5%; dashed: at the equilibrium."""
+    history = {name: column[len(column) // 20 :] for name, column in history.items()}
+    size = {"figsize": (5.5, 2), "layout": "constrained", "gridspec_kw": {"wspace": 0.1}}
+    figure, (left, right) = plt.subplots(1, 2, **size)
     left.plot(history["epoch"], history["value"], marker=".", ms=2)
-    left.axhline(-math.log(4), color="0.5", ls="--", label=r"$-\log 4$")
-    left.set(xlabel="epoch", ylabel="V(D, G) (nats)")
-    for name, label in (("d_real", "D(x)"), ("d_fake", "D(G(z))")):
+    left.axhline(-math.log(4), color="0.5", ls="--")
+    left.set(xlabel="epoch", ylabel="$V(D, G)$ (nats)")
+    for name, label in (("d_real", r"$D(\mathbf{x})$"), ("d_fake", r"$D(G(\mathbf{z}))$")):
         right.plot(history["epoch"], history[name], marker=".", ms=2, label=label)
-    right.axhline(0.5, color="0.5", ls="--", label="1/2")
-    right.set(xlabel="epoch", ylabel="mean output of D")
-    for axes in (left, right):
-        axes.legend(frameon=False)
+    right.axhline(0.5, color="0.5", ls="--")
+    right.set(xlabel="epoch", ylabel="mean output of $D$")
+    right.legend(frameon=False)
     save_figure(figure, filename)
 
 
@@ -241,7 +240,7 @@ def main():
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
     # The next 10,000 images choose the bandwidth of the report's Parzen windows. Only full batches:
-    # batch normalisation fails on one image, and the epoch's means weigh all batches alike.
+    # batch normalization fails on one image, and the epoch's means weigh all batches alike.
     dataset, _, _ = mnist(batch_size=ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                           device=ARGS.device)  # fmt: skip
     generator = Generator(ARGS.latent_dim).to(ARGS.device)
@@ -345,13 +344,9 @@ def load_checkpoint(args, parts):
 
 def save_results(args, model, columns, final):
     """Writes weights.pt, a plain state_dict, metrics.csv with the columns, and summary.json."""
-    summary = {
-        "options": run_options(args),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "final": final,
-    }
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    summary = {"options": run_options(args), "device": device, "threads": torch.get_num_threads(),
+               "torch": str(torch.__version__), "final": final}  # fmt: skip
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
@@ -361,8 +356,10 @@ def save_results(args, model, columns, final):
 
 def run(main, args):
     """Runs `main`; bad data, a file not to be written and Ctrl-C end it in one line."""
+    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
-        main()
+        with plt.rc_context(font):  # the report's
+            main()
     except DataError as error:
         fail(error)
     except BrokenPipeError:  # nobody reads on, as in `... | head`
@@ -395,6 +392,6 @@ if __name__ == "__main__":
     ARGS = parser.parse_args()
     check_numbers(ARGS)
     if ARGS.batch_size == 1:
-        fail("--batch_size 1 is not allowed: batch normalisation needs at least 2 images")
+        fail("--batch_size 1 is not allowed: batch normalization needs at least 2 images")
     ARGS.results_dir = ARGS.results_dir or results_folder("gan", parser, ARGS)
     run(main, ARGS)

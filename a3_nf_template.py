@@ -247,7 +247,7 @@ def run_epoch(model, data, optimizer, schedule=None, precision="float32"):
 # ------------------------------------ Figures ------------------------------------
 def save_bpd_plot(train_curve, val_curve, filename):
     """Plots bits/dim of training and validation against the epoch (Question 3.8)."""
-    figure, axes = plt.subplots(figsize=(4.6, 2.4))
+    figure, axes = plt.subplots(figsize=(2.7, 2), layout="constrained")
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
         axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
@@ -262,8 +262,7 @@ def save_bpd_plot(train_curve, val_curve, filename):
 
 def save_images(images, filename, nrow):
     """Saves images `[n, 784]` in [0, 256] as one grid, black on white, `nrow` to a row."""
-    images = images.view(-1, 1, 28, 28).cpu() / 256
-    grid = make_grid(images, nrow=nrow, padding=1, pad_value=0.5)[0]
+    grid = make_grid(images.view(-1, 1, 28, 28).cpu() / 256, nrow=nrow, padding=1, pad_value=0.5)[0]
     figure, axes = plt.subplots(figsize=(0.6 * nrow, 0.6 * math.ceil(len(images) / nrow)))
     axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.axis("off")
@@ -562,13 +561,9 @@ def load_checkpoint(args, parts):
 
 def save_results(args, model, columns, final):
     """Writes weights.pt, a plain state_dict, metrics.csv with the columns, and summary.json."""
-    summary = {
-        "options": run_options(args),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "final": final,
-    }
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    summary = {"options": run_options(args), "device": device, "threads": torch.get_num_threads(),
+               "torch": str(torch.__version__), "final": final}  # fmt: skip
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
@@ -578,8 +573,10 @@ def save_results(args, model, columns, final):
 
 def run(main, args):
     """Runs `main`; bad data, a file not to be written and Ctrl-C end it in one line."""
+    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
-        main()
+        with plt.rc_context(font):  # the report's
+            main()
     except DataError as error:
         fail(error)
     except BrokenPipeError:  # nobody reads on, as in `... | head`

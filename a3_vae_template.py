@@ -159,7 +159,7 @@ def run_epoch(model, data, optimizer):
 # ------------------------------------ Figures ------------------------------------
 def save_elbo_plot(train_curve, val_curve, filename):
     """Plots the ELBO of training and validation (nats) against the epoch (Question 1.13)."""
-    figure, axes = plt.subplots(figsize=(4.6, 2.4))
+    figure, axes = plt.subplots(figsize=(4, 2), layout="constrained")
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
         axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
@@ -172,9 +172,8 @@ def save_elbo_plot(train_curve, val_curve, filename):
 
 def save_samples(model, filename, n_samples=25):
     """Saves samples on the left and the Bernoulli means they were drawn from on the right."""
-    pair = model.sample(n_samples)
     figure, axes = plt.subplots(1, 2, figsize=(3.6, 1.8), layout="constrained")
-    for ax, images in zip(axes, pair, strict=True):
+    for ax, images in zip(axes, model.sample(n_samples), strict=True):
         grid = make_grid(images.cpu(), nrow=5, padding=1, pad_value=0.5)[0]
         ax.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         ax.axis("off")
@@ -192,12 +191,12 @@ def save_manifold(model, filename, n_side=20):
     z_1, z_2 = np.meshgrid(quantiles, quantiles[::-1])  # z_2 grows upwards, as on paper
     z = torch.from_numpy(np.stack([z_1.ravel(), z_2.ravel()], axis=1))
     means = model.decoder(z.to(model.decoder.output.weight)).view(-1, 1, 28, 28)
-    figure, axes = plt.subplots(figsize=(5, 5))
+    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
     axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    ticks = np.arange(0, n_side, 4)
-    axes.set_xticks(28 * ticks + 14, [f"{quantiles[i]:.2f}" for i in ticks])
-    axes.set_yticks(28 * ticks + 14, [f"{quantiles[::-1][i]:.2f}" for i in ticks])
+    ticks = np.linspace(0, n_side - 1, 6).round().astype(int)  # the first and the last, too
+    axes.set_xticks(28 * ticks + 14, [f"${quantiles[i]:.2f}$" for i in ticks])
+    axes.set_yticks(28 * ticks + 14, [f"${quantiles[::-1][i]:.2f}$" for i in ticks])
     axes.set(xlabel="$z_1$", ylabel="$z_2$")
     save_figure(figure, filename)
 
@@ -346,13 +345,9 @@ def load_checkpoint(args, parts):
 
 def save_results(args, model, columns, final):
     """Writes weights.pt, a plain state_dict, metrics.csv with the columns, and summary.json."""
-    summary = {
-        "options": run_options(args),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "final": final,
-    }
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    summary = {"options": run_options(args), "device": device, "threads": torch.get_num_threads(),
+               "torch": str(torch.__version__), "final": final}  # fmt: skip
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
@@ -362,8 +357,10 @@ def save_results(args, model, columns, final):
 
 def run(main, args):
     """Runs `main`; bad data, a file not to be written and Ctrl-C end it in one line."""
+    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
-        main()
+        with plt.rc_context(font):  # the report's
+            main()
     except DataError as error:
         fail(error)
     except BrokenPipeError:  # nobody reads on, as in `... | head`

@@ -64,7 +64,7 @@ def importance_log_likelihood(model, images, n_samples):
     mean, std = model.encoder(images)
     noise = torch.randn(n_samples, *mean.shape)
     z = mean + std * noise
-    # log p(z) - log q(z|x): the normalisers cancel, and (z - mean) / std is the noise.
+    # log p(z) - log q(z|x): the normalizers cancel, and (z - mean) / std is the noise.
     log_prior_ratio = (0.5 * (noise**2 - z**2) + std.log()).sum(dim=-1)
     log_likelihood = vae.bernoulli_log_likelihood(model.decoder.logits(z), images.flatten(1))
     return (log_likelihood + log_prior_ratio).logsumexp(dim=0) - math.log(n_samples)
@@ -91,7 +91,7 @@ def latent_plane(mean, std):
 
 def save_latent_space(mean, labels, filename):
     """Saves posterior means `[n, 2]` in the latent plane, coloured by digit."""
-    figure, axes = vae.plt.subplots(figsize=(4.6, 3.8))
+    figure, axes = vae.plt.subplots(figsize=(4, 3), layout="constrained")
     colours = {"c": labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
     points = axes.scatter(*mean.T.numpy(), s=2, lw=0, **colours)
     figure.colorbar(points, ticks=range(10), label="digit")
@@ -122,6 +122,7 @@ def measure_vae(model, options, folder):
     torch.manual_seed(options["seed"])  # the random weights that the training began with
     untrained = vae.VAE(z_dim=model.z_dim).eval()
     measures["initial_elbo"] = vae.epoch_iter(untrained, val, optimizer=None)
+    measures["initial_kl"] = torch.cat([untrained.losses(x)[1] for x in val]).mean().item()
     return measures
 
 
@@ -287,8 +288,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error = vae.fail
     parser.add_argument("folders", nargs="+", type=Path, help="a run's results, as results/vae")
+    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
-        main(parser.parse_args().folders)
+        with vae.plt.rc_context(font):  # the report's
+            main(parser.parse_args().folders)
     except DataError as error:
         vae.fail(error)
     except OSError as error:

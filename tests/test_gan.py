@@ -133,7 +133,7 @@ def plain_networks():
 def kept(state, end="weight"):
     """Copies of the weights, or the running variances, of a network's state.
 
-    Not the biases: what goes through batch normalisation has no use for them, and noise moves them.
+    Not the biases: what goes through batch normalization has no use for them, and noise moves them.
     """
     return [tensor.clone() for name, tensor in state.items() if name.endswith(end)]
 
@@ -234,7 +234,7 @@ def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path
 
 
 def test_a_last_batch_of_one_image_is_left_out_and_a_latent_may_be_small(tmp_path):
-    """Batch normalisation cannot train on one image."""
+    """Batch normalization cannot train on one image."""
 
     def loaders(made):
         for loader in made:
