@@ -239,8 +239,7 @@ def main():
     # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
-    # The next 10,000 images choose the bandwidth of the report's Parzen windows. Only full batches:
-    # batch normalization fails on one image, and the epoch's means weigh all batches alike.
+    # Only full batches: batch normalization fails on one image. (The report uses the other splits.)
     dataset, _, _ = mnist(batch_size=ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                           device=ARGS.device)  # fmt: skip
     generator = Generator(ARGS.latent_dim).to(ARGS.device)
@@ -355,7 +354,7 @@ def save_results(args, model, columns, final):
 
 
 def run(main, args):
-    """Runs `main`; bad data, a file not to be written and Ctrl-C end it in one line."""
+    """Runs `main`; bad data, too little memory or disk, and Ctrl-C end it in one line."""
     font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
         with plt.rc_context(font):  # the report's
@@ -366,6 +365,10 @@ def run(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.filename or '-'}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # PyTorch has no class of its own for a processor's
+            raise
+        fail(f"there is not enough memory for {run_options(args)}")
     except (FloatingPointError, KeyboardInterrupt) as error:
         path = args.results_dir / "checkpoint.pt"
         kept = f"{path} is the last one" if path.is_file() else "there is no checkpoint"

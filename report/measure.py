@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 import timeit
 from pathlib import Path
 
@@ -46,10 +47,10 @@ def n_parameters(model):
 
 
 def sample_ms(draw):
-    """Returns the best of five times that `draw` takes on one thread, in ms."""
+    """Returns the best of five processor times that `draw` takes on one thread, in ms."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = timeit.repeat(draw, number=1)
+    seconds = timeit.repeat(draw, number=1, timer=time.process_time)
     torch.set_num_threads(n_threads)
     return 1000 * min(seconds)
 

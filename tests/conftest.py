@@ -1,7 +1,7 @@
 """What the tests of the three scripts share: small runs of a script, here or in a process.
 
-`python tests/conftest.py NAME EPOCH OPTIONS...` runs the script NAME on two batches of each split,
-and sleeps in the middle of EPOCH, until it is ended.
+`python tests/conftest.py EPOCH OPTIONS...` runs the VAE's script on two batches of each split, and
+sleeps in the middle of EPOCH, until it is ended.
 """
 
 import contextlib
@@ -14,15 +14,18 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.special
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
@@ -35,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # as at a user's
 
 from datasets import bmnist as bmnist_module
+from datasets import mnist as mnist_module
 
 # The static bits are always the same, and take half a second.
 drawn_bits = functools.cache(bmnist_module.binarize)
@@ -43,7 +47,7 @@ drawn_bits = functools.cache(bmnist_module.binarize)
 def small(loaders, n_batches=2, epoch=0, batch=2, act=None):
     """Keep `n_batches` of each loader; let `act` change that training batch (counted from 1)."""
     for loader in loaders:
-        n = n_batches * loader.batch_size
+        n = int(n_batches * loader.batch_size)
         loader.images = loader.images[:n]
         loader.labels = None if loader.labels is None else loader.labels[:n]
     kind, epochs = type(loaders[0]), itertools.count(1)
@@ -88,30 +92,13 @@ def way_off(start, expected, found):
     return ((found - expected).norm() / (start - expected).norm()).item()
 
 
-def mean_and_stderr(samples):
-    samples = samples.double()
-    return samples.mean().item(), samples.std().item() / len(samples) ** 0.5
+def zeros(z):
+    return z.new_zeros(len(z))
 
 
-def briefly_trained_vae(images):
-    """Return a small VAE with a 1-d latent, over which quadrature can integrate."""
-    model = VAE.module.VAE(hidden_dim=20, z_dim=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(images).backward()
-        optimizer.step()
-    return model
-
-
-@dataclasses.dataclass
-class Ended:
-    """How a run of a script ended, and the names that it had defined by then."""
-
-    status: int
-    out: str
-    err: str
-    names: dict = None
+def jacobian(function, z):
+    """The Jacobian of a coupling or flow at one image `[1, pixels]`, by autograd."""
+    return torch.autograd.functional.jacobian(lambda x: function(x[None], zeros(z))[0][0], z[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +108,10 @@ class Script:
     name: str
     epochs: str  # its option for the number of epochs
     small: tuple  # options of a small run
-    narrow: tuple  # replacements in the source that make its networks small
     metrics: tuple
     final: tuple  # what `final` in summary.json has, besides the metrics
     figures: tuple
+    narrow: tuple = ()  # replacements in the source that make its networks small
 
     def __str__(self):
         return self.name
@@ -140,11 +127,11 @@ class Script:
     def options(self, folder, n_epochs=3, *more):
         return [self.epochs, n_epochs, *self.small, "--results_dir", folder, *more]
 
-    def execute(self, *options, loaders=small, replace=(), names=None):
-        """Do what `python a3_NAME_template.py OPTIONS...` does, in this process.
+    def execute(self, *options, loaders=small, replace=()):
+        """Do what `python a3_NAME_template.py OPTIONS...` does; return the names that it defines.
 
         `loaders` may change the loaders that the script makes; `replace` are pairs of a piece of
-        the source and what takes its place; `names` takes the names that the script defines.
+        the source and what takes its place.
         """
         source = self.file.read_text()
         for old, new in (*self.narrow, *replace):
@@ -159,18 +146,23 @@ class Script:
             loaders(made)
             return made
 
-        names = {} if names is None else names
-        names |= {"__name__": "__main__", "__file__": str(self.file)}
+        names = {"__name__": "__main__", "__file__": str(self.file)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [self.file.name, *map(str, options)])
             patch.setenv("MPLBACKEND", "agg")  # which the script sets, too
+            # What is computed anew here agrees to the last digits also where there is bfloat16.
+            patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
             patch.setattr(bmnist_module, "binarize", drawn_bits)
             patch.setattr(module, function, make_loaders)
             exec(compile(source, self.file, "exec"), names)
+        return names
 
     def run(self, *options, savefig=save_pictures, **kwargs):
-        """Execute the script; return how it ended. `savefig` takes the place of the figures'."""
-        names, status = {}, 0
+        """Execute the script; return its status, out, err, and the names that it has defined.
+
+        `savefig` takes the place of the figures'.
+        """
+        names, status = None, 0
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -178,10 +170,10 @@ class Script:
         ):
             patch.setattr(Figure, "savefig", savefig)
             try:
-                self.execute(*options, names=names, **kwargs)
+                names = self.execute(*options, **kwargs)
             except SystemExit as end:
                 status = end.code
-        return Ended(status, out.getvalue(), err.getvalue(), names)
+        return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
 
     def run_well(self, *options, **kwargs):
         """Execute the script, which must end without an error."""
@@ -194,44 +186,36 @@ class Script:
         replace = [("    run(main, ARGS)\n", "")]
         return self.run_well(*options, replace=replace).names["ARGS"]
 
-    def start_napping(self, nap, *options):
-        """Start it on two batches a split, to sleep in the middle of epoch `nap`."""
-        return start(__file__, self.name, nap, *options)
 
+class Process(subprocess.Popen):
+    """A process of Python, with its output as text."""
 
-def start(file, *arguments, **kwargs):
-    """Start a process of Python, which hears Ctrl-C even if the tests run in the background."""
-    command = [str(word) for word in (sys.executable, file, *arguments)]
-    kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    kwargs["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, **kwargs)
+    def __init__(self, file, *arguments, **kwargs):
+        command = [str(word) for word in (sys.executable, file, *arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        super().__init__(command, text=True, **pipes, **kwargs)
 
-
-def end_of(process):
-    """Wait for the process; return how it ended."""
-    out, err = process.communicate(timeout=300)
-    return Ended(process.returncode, out, err)
+    def end(self):
+        """Wait for it; return its status, out and err."""
+        out, err = self.communicate(timeout=300)
+        return SimpleNamespace(status=self.returncode, out=out, err=err)
 
 
 SMALL = ("--batch_size", 20, "--device", "cpu")
-# So that what is computed anew here agrees to the last digits also where there is bfloat16.
-EXACT = ('set_float32_matmul_precision("medium")', 'set_float32_matmul_precision("highest")')
 SAMPLES = ("samples_before", "samples_halfway", "samples_after")
 VAE = Script(
-    "vae", "--epochs", SMALL, (EXACT,), ("train_elbo", "val_elbo"), ("test_elbo",),
+    "vae", "--epochs", SMALL, ("train_elbo", "val_elbo"), ("test_elbo",),
     ("elbo", "samples_first", *SAMPLES),
 )  # fmt: skip
 NF = Script(
-    "nf", "--epochs", (*SMALL, "--precision", "float32"),
+    "nf", "--epochs", (*SMALL, "--precision", "float32"), ("train_bpd", "val_bpd"),
+    ("test_bpd", "precision", "digit_from", "digit_to"), ("bpd", "interpolation", *SAMPLES),
     (("n_hidden=1024", "n_hidden=32"), ("c_hidden = 64 if", "c_hidden = 4 if")),
-    ("train_bpd", "val_bpd"), ("test_bpd", "precision", "digit_from", "digit_to"),
-    ("bpd", "interpolation", *SAMPLES),
 )  # fmt: skip
 GAN = Script(
-    "gan", "--n_epochs", SMALL, (EXACT,), ("value", "loss_g", "d_real", "d_fake"),
+    "gan", "--n_epochs", SMALL, ("value", "loss_g", "d_real", "d_fake"),
     ("epoch", "digit_from", "digit_to"), ("training", "interpolation", *SAMPLES),
 )  # fmt: skip
-SCRIPTS = (VAE, NF, GAN)
 
 
 @dataclasses.dataclass
@@ -239,7 +223,7 @@ class Results:
     """What a run left in its folder."""
 
     folder: Path
-    end: Ended = None
+    end: SimpleNamespace = None  # how the run ended
 
     @property
     def checkpoint(self):
@@ -276,7 +260,17 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=SCRIPTS, ids=str)
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Let datasets/ find its file at this path, where there is none yet."""
+    path, read = tmp_path / "mnist.npz", mnist_module.load.__wrapped__  # not from its cache
+    for module in (mnist_module, bmnist_module):
+        monkeypatch.setattr(module, "FILE", path)
+        monkeypatch.setattr(module, "load", read)
+    return path
+
+
+@pytest.fixture(params=(VAE, NF, GAN), ids=str)
 def script(request):
     return request.param
 
@@ -301,23 +295,35 @@ def finished(tmp_path_factory):
     return run
 
 
-def committed(name):
-    """Return the options, the final and measured numbers, and the weights of a committed run."""
-    run = Results(ROOT / "results" / name)
-    for file in ("weights.pt", "measures.json"):
-        if not (run.folder / file).exists():
-            pytest.skip(f"results/{name} has no {file}")
-    measures = json.loads((run.folder / "measures.json").read_text())
-    return run.summary["options"], {**run.summary["final"], **measures}, run.weights
+@pytest.fixture(scope="session")
+def one_dimensional():
+    """A briefly trained VAE with a 1-d latent, and of an image what quadrature over it gives.
 
-
-def main():
-    name, nap, *options = sys.argv[1:]
-    script = next(script for script in SCRIPTS if script.name == name)
-    loaders = functools.partial(small, epoch=int(nap), act=sleep)
-    Figure.savefig = save_pictures
-    script.execute(*options, loaders=loaders)
+    These are both terms of the negative ELBO, and log p(x).
+    """
+    torch.manual_seed(1)
+    images = bmnist_module.bmnist()[2].images[:300].float()
+    model = VAE.module.VAE(hidden_dim=20, z_dim=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(images).backward()
+        optimizer.step()
+    model.requires_grad_(False)
+    x, z = images[0], np.linspace(-8, 8, 4001)
+    logits = model.decoder.logits(torch.from_numpy(z).float()[:, None]).double().numpy()
+    log_likelihood = scipy.special.log_expit((2 * x.numpy() - 1) * logits).sum(axis=1)
+    q = scipy.stats.norm(*(number.item() for number in model.encoder(x[None])))
+    log_prior = scipy.stats.norm.logpdf(z)
+    integral = functools.partial(scipy.integrate.simpson, x=z)
+    reconstruction = -integral(q.pdf(z) * log_likelihood)
+    kl = integral(q.pdf(z) * (q.logpdf(z) - log_prior))
+    top = log_likelihood.max()
+    log_px = top + np.log(integral(np.exp(log_likelihood + log_prior - top)))
+    return model, x, (reconstruction, kl), log_px
 
 
 if __name__ == "__main__":
-    main()
+    Figure.savefig = save_pictures
+    napping = functools.partial(small, epoch=int(sys.argv[1]), act=sleep)
+    VAE.execute(*sys.argv[2:], loaders=napping)
