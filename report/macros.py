@@ -33,7 +33,7 @@ DECIMALS = {
     "parzen_train_stderr share_min share_max test_share_min test_share_max share_difference "
     "share_outside epoch_seconds training_minutes",
     2: "nearest_sample nearest_test nearest_sample_min nearest_test_min first_train_bpd "
-    "first_val_bpd halfway_val_bpd worst_train_bpd value_max test_elbo_stderr "
+    "value_max test_elbo_stderr "
     "test_reconstruction_stderr test_kl_stderr test_log_px_stderr variance_min variance_max",
     3: "train_bpd val_bpd test_bpd bpd_gap test_ahead test_bpd_stderr test_bpd_iw "
     "test_bpd_iw_single value value_min value_above d_real d_fake loss_g digit_entropy "
@@ -56,11 +56,9 @@ def difference(one, other, numbers):
 def derived(numbers, history):
     """Returns the numbers that follow from those of a run and from its columns by epoch."""
     epochs = len(history["epoch"])
-    halfway = (epochs + 1) // 2
     seconds = statistics.median(history["seconds"])  # the machine does other work at times
     new = {
         "epochs": epochs,
-        "halfway_epoch": halfway,
         "epoch_seconds": seconds,
         "training_minutes": float(rounded("epoch_seconds", seconds)) * epochs / 60,
     }
@@ -75,9 +73,7 @@ def derived(numbers, history):
         new["share_outside"] = 100 * numbers["share_outside"]
     if "val_bpd" in numbers:
         train, val = history["train_bpd"], history["val_bpd"]
-        new["first_train_bpd"], new["first_val_bpd"] = train[0], val[0]
-        new["halfway_val_bpd"] = val[halfway - 1]
-        new["worst_train_bpd"] = max(train)
+        new["first_train_bpd"] = train[0]
         new["worst_train_epoch"] = train.index(max(train)) + 1
         new["epoch_below"] = next((n for n, bpd in enumerate(val, 1) if bpd < TARGET), None)
         curves = enumerate(zip(train, val, strict=True), 1)

@@ -284,25 +284,24 @@ def test_test_number_is_that_of_the_final_weights_on_the_test_images(script, fin
     assert abs(final - numbers[0]) > 1e-3
 
 
-@torch.no_grad()
-def test_samples_are_drawn_from_the_weights_of_their_epoch(script, finished):
+def test_samples_are_drawn_from_the_weights_of_their_epoch(script, tmp_path):
     """From the same latents each time. The VAE's pictures are samples and their means."""
-    run, names = finished(script), finished(script).end.names
-    model = first_model(script, names)
+    names = script.run_well(*script.options(tmp_path, 3, "--lr", 0.02)).names
+    run, model = Results(tmp_path), first_model(script, names)
     if script is GAN:
         names["Discriminator"]()  # draws its weights before the latents
         z = torch.randn(25, 100)
     for name, weights in (("samples_before", model.state_dict()), ("samples_after", run.weights)):
         model.load_state_dict(weights)
         torch.manual_seed(0)
-        grids = [(model(z) + 1) / 2] if script is GAN else model.sample(25)
+        grids = [(model(z).detach() + 1) / 2] if script is GAN else model.sample(25)
         grids = [grids / 256] if script is NF else grids
         for picture, images in zip(run.pictures(name), grids, strict=True):
             tiles = picture[1:, 1:].reshape(5, 29, 5, 29).swapaxes(1, 2)[:, :, :28, :28]
             np.testing.assert_allclose(tiles, images.view(5, 5, 28, 28), atol=1e-6)
     shown = [run.pictures(name)[-1] for name in script.figures if "samples" in name]
     for one, other in itertools.combinations(shown, 2):
-        assert abs(one - other).max() > 1e-5
+        assert abs(one - other).max() > 1e-4
 
 
 # ------------------------ Ctrl-C and --resume ------------------------
