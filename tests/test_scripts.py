@@ -58,7 +58,7 @@ def assert_same_results(one, other):
 # ------------------------ Form ------------------------
 def test_scripts_are_short_with_the_same_short_block_behind_main():
     blocks = set()
-    for script, n_lines in ((VAE, 400), (GAN, 400), (NF, 620)):
+    for script, n_lines in ((VAE, 400), (GAN, 400), (NF, 635)):
         source = script.file.read_text()
         assert source.count("\n") <= n_lines
         assert (source.count(BEGIN), source.count(END)) == (1, 1)
