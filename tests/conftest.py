@@ -210,7 +210,7 @@ VAE = Script(
 NF = Script(
     "nf", "--epochs", (*SMALL, "--precision", "float32"), ("train_bpd", "val_bpd"),
     ("test_bpd", "precision", "digit_from", "digit_to"), ("bpd", "interpolation", *SAMPLES),
-    (("n_hidden=1024", "n_hidden=32"), ("c_hidden = 64 if", "c_hidden = 4 if")),
+    (("n_hidden=1024", "n_hidden=32"), ("c_hidden=64", "c_hidden=4")),
 )  # fmt: skip
 GAN = Script(
     "gan", "--n_epochs", SMALL, ("value", "loss_g", "d_real", "d_fake"),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -252,24 +253,35 @@ def test_interpolation_starts_and_ends_at_the_two_images(model_of, images, monke
     assert len(steps.unique(dim=0)) == 9
 
 
-@pytest.mark.parametrize(("precision", "max_norm"), [("float32", 1e3), ("bfloat16", 0.01)])
-def test_training_is_that_of_a_plain_loop(precision, max_norm, model_of, tmp_path):
-    """Two epochs of two and a half batches: clipping, AdamW, warm-up and a cosine.
+@pytest.mark.parametrize(("coupling", "precision", "max_norm"), [
+    ("affine", "float32", 1e3), ("affine", "bfloat16", 0.01), ("mixture", "float32", 0.01),
+    ("mixture", "float32", 1e3),
+])  # fmt: skip
+def test_training_is_that_of_a_plain_loop(coupling, precision, max_norm, monkeypatch, tmp_path):
+    """Two epochs of two and a half batches: clipping, AdamW, Muon, warm-up and a cosine.
 
-    Clipped as in the script, and hardly, where a gradient of the last batch would be seen.
+    Once clipped as in the script, once hardly: there a gradient kept from the last batch shows.
     """
     loaders = functools.partial(small, n_batches=2.5)
-    options = ("--precision", precision, "--seed", 5, "--lr", 0.1)
+    options = ("--coupling", coupling, "--precision", precision, "--seed", 5, "--lr", 0.1)
     replace = [("MAX_GRAD_NORM = 0.01", f"MAX_GRAD_NORM = {max_norm}")]
     NF.run_well(*NF.options(tmp_path, 2, *options), loaders=loaders, replace=replace)
 
     data = mnist(batch_size=20)
     loaders(data)
     torch.manual_seed(5)
-    model = model_of(nf.get_mask(), n_hidden=32)
-    weights = list(model.parameters())
-    start = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.3)
+    monkeypatch.setattr(nf, "Coupling", functools.partial(nf.Coupling, n_hidden=32))
+    monkeypatch.setattr(nf, "ConvNet", functools.partial(nf.ConvNet, c_hidden=4))
+    model = nf.Model([784], coupling)
+    weights = dict(model.named_parameters())
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    hidden = [name for name in weights if re.search(r"blocks\.\d+\.[24]\.weight", name)]
+    others = [name for name in weights if name not in hidden]
+    decay = 0 if hidden else 0.3
+    optimizers = [torch.optim.AdamW([weights[name] for name in others], weight_decay=decay)]
+    if coupling == "mixture":
+        settings = {"weight_decay": 0, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon([weights[name] for name in hidden], **settings))
 
     def loss_of(images):
         with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
@@ -280,46 +292,58 @@ def test_training_is_that_of_a_plain_loop(precision, max_norm, model_of, tmp_pat
         bits = {"train_bpd": 0, "val_bpd": 0}
         for step, (images, _) in enumerate(data[0], 3 * epoch):
             cosine = (1 + math.cos(math.pi * step / 6)) / 2
-            optimizer.param_groups[0]["lr"] = 0.1 * (step + 1) / 300 * cosine
             loss = loss_of(images)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            norm = sum(weight.grad.square().sum() for weight in weights).sqrt()
-            for weight in weights:
+            norm = sum(weight.grad.square().sum() for weight in weights.values()).sqrt()
+            for weight in weights.values():
                 weight.grad *= min(1, max_norm / norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.1 * (step + 1) / 300 * cosine
+                optimizer.step()
             bits["train_bpd"] += loss.item() * len(images) / 50
         for images, _ in data[1]:
             bits["val_bpd"] += loss_of(images).item() * len(images) / 50
         row = Results(tmp_path).metrics[epoch]
         assert {name: float(row[name]) for name in bits} == pytest.approx(bits, rel=1e-4)
-    found = Results(tmp_path).weights
-    assert way_off(start, weights, [found[name] for name, _ in model.named_parameters()]) < 1e-3
+    for names in filter(None, (others, hidden)):  # apart, since Muon's way is the shorter one
+        parts = (
+            [part[name] for name in names] for part in (start, weights, Results(tmp_path).weights)
+        )
+        assert way_off(*parts) < 1e-3
+    assert nf.warm_up_and_decay(600, 1200) == pytest.approx(0.5)  # later than the steps above
 
 
 def test_automatic_precision_is_kept_on_resume(tmp_path):
-    """Here it is bfloat16 at first, and would be float32 when the run is resumed."""
+    """Here it is bfloat16 at first, and would be float32 when the run is resumed.
+
+    With mixture couplings, so that of these, too, all that trains is resumed.
+    """
 
     def auto(precision):
         definition = "def faster_precision():\n"
         return [(definition, f"{definition}    return '{precision}'\n")]
 
     run, fixed = Results(tmp_path / "auto"), Results(tmp_path / "fixed")
-    options = NF.options(run.folder, 2, "--precision", "auto")
+    options = NF.options(run.folder, 2, "--coupling", "mixture", "--precision", "auto")
     assert NF.run(*options, loaders=stop_in(2), replace=auto("bfloat16")).status == 130
     NF.run_well(*options, "--resume", replace=auto("float32"))
-    NF.run_well(*NF.options(fixed.folder, 2, "--precision", "bfloat16"))
+    options = ("--coupling", "mixture", "--precision", "bfloat16")
+    NF.run_well(*NF.options(fixed.folder, 2, *options))
     assert run.metrics == fixed.metrics
     assert run.summary["final"] == fixed.summary["final"]
 
 
 @pytest.mark.parametrize(("coupling", "batch_size", "lr", "decay"), [
-    ("affine", 128, 1e-3, 0.3), ("mixture", 64, 1.6e-2, 0),
+    ("affine", 128, 1e-3, 0.3), ("mixture", 64, 8e-3, 0),
 ])  # fmt: skip
 def test_each_coupling_has_its_batch_size_and_rates(coupling, batch_size, lr, decay, tmp_path):
     assert NF.arguments("--coupling", coupling).batch_size == batch_size
     NF.run_well(*NF.options(tmp_path, 1, "--coupling", coupling))
-    (group,) = Results(tmp_path).checkpoint["parts"]["optimizer"]["param_groups"]
-    assert (group["initial_lr"], group["weight_decay"]) == (lr, decay)
+    parts = Results(tmp_path).checkpoint["parts"]
+    optimizers = [parts["optimizer"], *([parts["muon"]] if coupling == "mixture" else [])]
+    for optimizer in optimizers:
+        (group,) = optimizer["param_groups"]
+        assert (group["initial_lr"], group["weight_decay"]) == (lr, decay)
     before, after = (Results(tmp_path).pictures(f"samples_{n}")[0] for n in ("before", "after"))
     assert abs(before - after).max() > 1e-3  # samples are drawn through both
