@@ -423,8 +423,8 @@ class MixtureCoupling(nn.Module):
         n_out = sum(self.sizes)
         self.nn = ConvNet(len(kept), kept.shape[2], n_out * changed.shape[2])
         # To these the network adds; at first the means cover the logits from -6 to 6.
-        common = torch.zeros(1, n_out, changed.numel())
-        common[:, n_mix : 2 * n_mix] = torch.linspace(-6, 6, n_mix)[:, None]
+        common = torch.zeros(n_out, changed.numel())
+        common[n_mix : 2 * n_mix] = torch.linspace(-6, 6, n_mix)[:, None]
         self.common = nn.Parameter(common)
 
     def logit_cdf(self, x, log_pi, mean, log_scale):
@@ -462,7 +462,7 @@ class MixtureCoupling(nn.Module):
         """Maps `z` `[batch, c_in]` and adds log|det dz'/dz| to `ldj` `[batch]`; returns both."""
         kept = z[:, self.kept].permute(0, 3, 1, 2)  # channels last, as CPUs like it
         # Divided by 4 the logits, which begin within +-12.3, are of order one.
-        out = self.nn(kept / 4).to(z.dtype).reshape(-1, *self.common.shape[1:]) + self.common
+        out = self.nn(kept / 4).to(z.dtype).reshape(len(z), *self.common.shape) + self.common
         *mixture, a, b = out.split(self.sizes, dim=1)
         a, b, x = 2 * torch.tanh(a[:, 0]), b[:, 0], z[:, self.changed]
         if reverse:
@@ -625,9 +625,8 @@ if __name__ == "__main__":
     parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
-    ARGS = parser.parse_args()
     # The coupling's own defaults: what is equal to them stays out of the folder's name.
-    mixture = ARGS.coupling == "mixture"
+    mixture = parser.parse_args().coupling == "mixture"
     parser.set_defaults(batch_size=64 if mixture else 128, lr=8e-3 if mixture else 1e-3)
     ARGS = parser.parse_args()
     check_numbers(ARGS)

@@ -6,8 +6,9 @@ In turns, so that a noisy machine disturbs all alike:
 
 - step: a training step with all that the script does in it, the loader included,
 - loader: the loader alone,
-- floor: the bare matrix products and convolutions of that step, forward and backward, in the same
-  precision; the products into memory of their own, while convolutions allocate theirs.
+- floor: the bare matrix products and convolutions of that step, forward, backward and in
+  Muon, in the same precision; the products into memory of their own, while convolutions allocate
+  theirs.
 
 A table is printed, and more numbers are written to benchmarks/DEVICE.json. Options that it does
 not know are passed on to the scripts: `benchmark.py --batch_size 256`.
