@@ -477,19 +477,20 @@ class MixtureCoupling(nn.Module):
 def nested_splits(grid):
     """Yields `kept, changed` of couplings from fine to coarse; sampling goes from coarse to fine.
 
-    The 2x2 cells of a grid of pixel numbers are (a b / c d). First b and c change given a and d,
-    which surround them, then d given a; none is read again. The a are the next grid: RealNVP's
+    The 2x2 cells of a grid of pixel numbers are (a b / c d). First c changes given a, b and d, then
+    b given a and d, then d given a; none is read again. The a are the next grid: RealNVP's
     multi-scale idea (section 3.6), to its end. On the last one, of odd side, the halves of a
-    checkerboard change in turn.
+    checkerboard change in turn, twice. Few change at once, as those are independent given the kept.
     """
     while len(grid) % 2 == 0:
         a, b, c, d = grid[::2, ::2], grid[::2, 1::2], grid[1::2, ::2], grid[1::2, 1::2]
-        yield torch.stack([a, d], dim=2), torch.stack([b, c], dim=2)
+        yield torch.stack([a, b, d], dim=2), c[..., None]
+        yield torch.stack([a, d], dim=2), b[..., None]
         yield a[..., None], d[..., None]
         grid = a
     cell = grid.reshape(1, 1, -1)
-    yield cell[..., ::2], cell[..., 1::2]
-    yield cell[..., 1::2], cell[..., ::2]
+    even, odd = cell[..., ::2], cell[..., 1::2]
+    yield from 2 * [(even, odd), (odd, even)]
 
 
 # >>> shared block: the same characters in all three scripts (`make block` copies the VAE's) >>>

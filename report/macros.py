@@ -74,7 +74,6 @@ def derived(numbers, history):
     if "val_bpd" in numbers:
         train, val = history["train_bpd"], history["val_bpd"]
         new["first_train_bpd"] = train[0]
-        new["worst_train_epoch"] = train.index(max(train)) + 1
         new["epoch_below"] = next((n for n, bpd in enumerate(val, 1) if bpd < TARGET), None)
         curves = enumerate(zip(train, val, strict=True), 1)
         new["train_below"] = next((n for n, (one, other) in curves if one < other), None)

@@ -10,7 +10,7 @@ from conftest import jacobian, zeros
 import a3_nf_template as nf
 
 SIDE = 12  # of the small images: grids of 12, 6 and 3 pixels a side
-SPLITS = list(nf.nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE)))
+SPLITS = list(nf.nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE)))[:-2]  # each one once
 NAMES = [f"{len(kept)}x{len(kept)}, {kept.shape[2]} kept" for kept, _ in SPLITS]
 
 
@@ -122,12 +122,13 @@ def test_changed_pixels_see_only_themselves_and_kept_ones(coupling):
 
 
 def test_flow_predicts_each_pixel_from_raw_and_coarser_ones():
-    """But for the halves of the last grid, which change given each other."""
+    """But for the halves of the last grid, which change twice, given each other."""
     flow = layer_of("flow")
     changed = [layer.changed for layer in flow.layers]
-    assert torch.cat(changed).sort()[0].tolist() == list(range(SIDE**2))
+    assert torch.cat(changed[:-2]).sort()[0].tolist() == list(range(SIDE**2))
+    assert all(map(torch.equal, changed[-2:], changed[-4:-2]))
     slopes = jacobian(flow, pixels(1))
-    for i, earlier in enumerate(changed[:-2]):
+    for i, earlier in enumerate(changed[:-4]):
         assert not slopes[torch.cat(changed[i + 1 :])][:, earlier].any()
 
 
