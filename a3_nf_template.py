@@ -478,9 +478,9 @@ def nested_splits(grid):
     """Yields `kept, changed` of couplings from fine to coarse; sampling goes from coarse to fine.
 
     The 2x2 cells of a grid of pixel numbers are (a b / c d). First c changes given a, b and d, then
-    b given a and d, then d given a; none is read again. The a are the next grid: RealNVP's
-    multi-scale idea (section 3.6), to its end. On the last one, of odd side, the halves of a
-    checkerboard change in turn, twice. Few change at once, as those are independent given the kept.
+    b given a and d, then d given a; none is read again. Those that change together are independent
+    given the kept, so few do. The a are the next grid: RealNVP's multi-scale idea (section 3.6), to
+    its end. On the last one, of odd side, the halves of a checkerboard change in turn, twice.
     """
     while len(grid) % 2 == 0:
         a, b, c, d = grid[::2, ::2], grid[::2, 1::2], grid[1::2, ::2], grid[1::2, 1::2]
