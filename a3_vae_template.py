@@ -1,23 +1,19 @@
-"""A variational autoencoder on Binary MNIST (Kingma & Welling, 2014).
+"""A variational autoencoder on Binary MNIST (Kingma & Welling, 2014, arXiv:1312.6114).
 
-Read from top to bottom: encoder and decoder, the loss (the evidence lower bound, written by hand),
-the training, the figures, and `main`; the machinery and the options come last. Run
+Read from top to bottom, as the assignment's template: encoder and decoder, the loss (the evidence
+lower bound, written by hand), the training, the figures, `main`, the options. Run
 
     python a3_vae_template.py                # 20-d latent: curves and samples
     python a3_vae_template.py --zdim 2       # 2-d latent: the manifold as well
 
-and look into results/vae and results/vae_zdim2. `--help` lists the options.
+and look into results/vae and results/vae_zdim2. `--help` lists the options. `runs.py` has what is
+not the lesson.
 """
 
 import argparse
-import errno
-import io
-import json
 import math
 import os
-import sys
 import time
-from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # figures go to files, also where a notebook says otherwise
@@ -31,8 +27,8 @@ from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import runs
 from datasets.bmnist import bmnist
-from datasets.mnist import DataError
 
 N_PIXELS = 28 * 28
 
@@ -103,7 +99,8 @@ class VAE(nn.Module):
         -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) (paper, equation 3), the expectation
         estimated with a single z for each image.
         """
-        return sum(self.losses(input)).mean()
+        reconstruction, kl = self.losses(input)
+        return (reconstruction + kl).mean()
 
     def losses(self, input):
         """Returns the two terms of the negative ELBO, `[batch]` each, in nats (Question 1.10)."""
@@ -120,7 +117,8 @@ class VAE(nn.Module):
 
         Returns binary images and the Bernoulli means they were drawn from, `[n, 1, 28, 28]` each.
         """
-        z = torch.randn(n_samples, self.z_dim).to(self.decoder.output.weight)
+        weight = self.decoder.output.weight
+        z = torch.randn(n_samples, self.z_dim, dtype=weight.dtype, device=weight.device)
         im_means = self.decoder(z).view(-1, 1, 28, 28)
         return torch.bernoulli(im_means), im_means
 
@@ -162,12 +160,12 @@ def save_elbo_plot(train_curve, val_curve, filename):
     figure, axes = plt.subplots(figsize=(4, 2), layout="constrained")
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
-        axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
-    if len(epochs) > 1:  # the first training value would squeeze the rest into a line at the top
-        axes.set_ylim(bottom=val_curve[0] - 2)
+        axes.plot(epochs, curve, label=label, marker=".", ms=2)
+    # The first training value would squeeze the rest into a line at the top.
+    axes.set_ylim(bottom=min(val_curve[0], train_curve[-1]) - 2)
     axes.set(xlabel="epoch", ylabel="ELBO (nats)")
     axes.legend(frameon=False, loc="lower right")
-    save_figure(figure, filename)
+    runs.save_figure(figure, filename)
 
 
 def save_samples(model, filename, n_samples=25):
@@ -177,7 +175,7 @@ def save_samples(model, filename, n_samples=25):
         grid = make_grid(images.cpu(), nrow=5, padding=1, pad_value=0.5)[0]
         ax.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         ax.axis("off")
-    save_figure(figure, filename)
+    runs.save_figure(figure, filename)
 
 
 @torch.no_grad()
@@ -190,7 +188,8 @@ def save_manifold(model, filename, n_side=20):
     quantiles = scipy.stats.norm.ppf((np.arange(n_side) + 0.5) / n_side)
     z_1, z_2 = np.meshgrid(quantiles, quantiles[::-1])  # z_2 grows upwards, as on paper
     z = torch.from_numpy(np.stack([z_1.ravel(), z_2.ravel()], axis=1))
-    means = model.decoder(z.to(model.decoder.output.weight)).view(-1, 1, 28, 28)
+    z = z.to(model.decoder.output.weight)  # to the type of the weights, and to their device
+    means = model.decoder(z).view(-1, 1, 28, 28)
     figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
     axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
@@ -198,47 +197,46 @@ def save_manifold(model, filename, n_side=20):
     axes.set_xticks(28 * ticks + 14, [f"${quantiles[i]:.2f}$" for i in ticks])
     axes.set_yticks(28 * ticks + 14, [f"${quantiles[::-1][i]:.2f}$" for i in ticks])
     axes.set(xlabel="$z_1$", ylabel="$z_2$")
-    save_figure(figure, filename)
+    runs.save_figure(figure, filename)
 
 
 def main():
     # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
     torch.set_float32_matmul_precision("medium")
+    # Weights, epochs, figures and the test draw from seeds of their own: so a resumed run draws
+    # what an uninterrupted one draws.
     torch.manual_seed(ARGS.seed)
     train, val, test = bmnist(batch_size=ARGS.batch_size, binarization=ARGS.binarization,
                               device=ARGS.device)  # fmt: skip
     model = VAE(z_dim=ARGS.zdim).to(ARGS.device)
-    # Weight decay where the encoder overfits, telling images apart by single pixels. Validation
-    # ELBO -96.6; without decay -97.9; with the template's plain Adam at 1e-3 -100.0.
+    # Weight decay on the encoder's first layer alone. It overfits: a few pixels there suffice to
+    # tell a training image from all others.
     first = model.encoder.hidden.weight
-    others = [parameter for parameter in model.parameters() if parameter is not first]
+    others = [weight for weight in model.parameters() if weight is not first]
     groups = [{"params": [first], "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=ARGS.lr, fused=True)
 
     parts = {"model": model, "optimizer": optimizer}
     train_curve, val_curve, seconds = [], [], []
     if ARGS.resume:
-        train_curve, val_curve, seconds = load_checkpoint(ARGS, parts)
+        train_curve, val_curve, seconds = runs.load_checkpoint(ARGS, parts)
     else:
         torch.manual_seed(ARGS.seed)
         save_samples(model, ARGS.results_dir / "samples_before.pdf")
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # its own draws, also if resumed
+        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # no other seed's run has this one
         start = time.perf_counter()
-        for group in optimizer.param_groups:  # half a cosine, towards zero
+        # Half a cosine towards zero: smaller and smaller steps average out the gradients' noise.
+        for group in optimizer.param_groups:
             group["lr"] = ARGS.lr * (1 + math.cos(math.pi * (epoch - 1) / ARGS.epochs)) / 2
 
         train_elbo, val_elbo = run_epoch(model, (train, val), optimizer)
-        # Validation uses the very weights that would be saved.
-        if not math.isfinite(train_elbo + val_elbo):
-            raise FloatingPointError(f"epoch {epoch} has the ELBOs {train_elbo} and {val_elbo}")
         train_curve.append(train_elbo)
         val_curve.append(val_elbo)
         seconds.append(time.perf_counter() - start)
-        print(f"epoch {epoch}/{ARGS.epochs}  train_elbo {train_elbo:.2f}  val_elbo {val_elbo:.2f}"
-              f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
+        runs.check_finite(epoch, (train_elbo, val_elbo), model)
 
         # Samples after the first epoch, half-way and at the end (Question 1.14)
         torch.manual_seed(ARGS.seed)  # the same latents each time
@@ -248,7 +246,9 @@ def main():
             save_samples(model, ARGS.results_dir / "samples_halfway.pdf")
         if epoch == ARGS.epochs:
             save_samples(model, ARGS.results_dir / "samples_after.pdf")
-        save_checkpoint(ARGS, parts, (train_curve, val_curve, seconds))
+        runs.save_checkpoint(ARGS, parts, (train_curve, val_curve, seconds))
+        print(f"epoch {epoch}/{ARGS.epochs}  train_elbo {train_elbo:.2f}  val_elbo {val_elbo:.2f}"
+              f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
 
     torch.manual_seed(ARGS.seed)
     test_elbo = epoch_iter(model.eval(), test, optimizer)
@@ -259,142 +259,17 @@ def main():
     columns = {"epoch": range(1, ARGS.epochs + 1), "train_elbo": train_curve,
                "val_elbo": val_curve, "seconds": seconds}  # fmt: skip
     final = {"train_elbo": train_curve[-1], "val_elbo": val_curve[-1], "test_elbo": test_elbo}
-    save_results(ARGS, model, columns, final)
-
-
-# >>> shared block: the same characters in all three scripts (`make block` copies the VAE's) >>>
-def fail(message, status=2):
-    """Ends the program with the line `error: message` on standard error."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def check_numbers(args):
-    """Ends the program if a number among the options is out of range."""
-    for name, value in vars(args).items():
-        least = -1 if name == "seed" else 0
-        if type(value) in (int, float) and not least < value < 2**31:  # nan is not
-            fail(f"--{name} {value} is not allowed; give a number above {least} and below 2^31")
-
-
-def run_options(args):
-    """Returns the options by name, but for where the results go and whether to resume."""
-    return {k: v for k, v in vars(args).items() if k not in ("results_dir", "resume")}
-
-
-def results_folder(name, parser, args):
-    """Returns results/`name`, the name extended by each option that is not its default."""
-    for option, value in run_options(args).items():
-        if value != parser.get_default(option):
-            name += f"_{value}" if isinstance(value, str) else f"_{option}{value}"
-    return Path(__file__).resolve().parent / "results" / name
-
-
-def write(path, content):
-    """Writes bytes to a file, whole or not at all: what was there stays until all is written."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is used again
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def save_figure(figure, filename):
-    """Saves a figure as PDF and PNG; without a date, so that the same figure is the same file."""
-    for kind in ("pdf", "png"):
-        buffer = io.BytesIO()
-        metadata = {"CreationDate": None}
-        figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
-        write(Path(filename).with_suffix(f".{kind}"), buffer.getvalue())
-    plt.close(figure)
-
-
-def torch_bytes(state):
-    """Returns a state as `torch.save` writes it to memory: the same bytes for the same state."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def save_checkpoint(args, parts, history):
-    """Writes checkpoint.pt: the options, the states of the `parts` by name, and the `history`."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"options": run_options(args), "parts": states, "history": history}
-    write(args.results_dir / "checkpoint.pt", torch_bytes(state))
-
-
-def load_checkpoint(args, parts):
-    """Restores the `parts` from checkpoint.pt and returns the history."""
-    path = args.results_dir / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"--resume found no {path}; leave it out to start")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for option, value in run_options(args).items():
-            if state["options"][option] != value:
-                fail(f"--{option} is {value}, but {state['options'][option]} in {path}")
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        return state["history"]
-    except Exception:  # a damaged file makes the unpickler raise almost anything
-        fail(f"{path} is no checkpoint that this script can read; move it away to start afresh")
-
-
-def save_results(args, model, columns, final):
-    """Writes weights.pt, a plain state_dict, metrics.csv with the columns, and summary.json."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    summary = {"options": run_options(args), "device": device, "threads": torch.get_num_threads(),
-               "torch": str(torch.__version__), "final": final}  # fmt: skip
-    rows = [columns, *zip(*columns.values(), strict=True)]
-    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write(args.results_dir / "weights.pt", torch_bytes(model.state_dict()))
-    write(args.results_dir / "metrics.csv", table.encode())
-    write(args.results_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-
-
-def run(main, args):
-    """Runs `main`; bad data, too little memory or disk, and Ctrl-C end it in one line."""
-    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
-    try:
-        with plt.rc_context(font):  # the report's
-            main()
-    except DataError as error:
-        fail(error)
-    except BrokenPipeError:  # nobody reads on, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        fail(f"{error.filename or '-'}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
-    except RuntimeError as error:
-        if "memory" not in str(error):  # PyTorch has no class of its own for a processor's
-            raise
-        fail(f"there is not enough memory for {run_options(args)}")
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        path = args.results_dir / "checkpoint.pt"
-        kept = f"{path} is the last one" if path.is_file() else "there is no checkpoint"
-        fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
-
-
-# <<< shared block <<<
+    runs.save_results(ARGS, model, columns, final)
 
 
 if __name__ == "__main__":
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail  # one line, where argparse would print its usage, too
+    parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=40, help="passes over the images")
     parser.add_argument("--zdim", type=int, default=20, help="dimensions of the latent")
-    parser.add_argument("--binarization", default="static", help="how grey images become binary",
-                        choices=["static", "dynamic", "larochelle"])  # fmt: skip
+    parser.add_argument("--binarization", default="static", choices=["static", "dynamic"],
+                        help="training images as published, or drawn anew each epoch")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the first epoch")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default=devices[-1], choices=devices, help="where to run")
-    parser.add_argument("--results_dir", type=Path, help="if not one named by the options")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
-    ARGS = parser.parse_args()
-    check_numbers(ARGS)
-    ARGS.results_dir = ARGS.results_dir or results_folder("vae", parser, ARGS)
-    run(main, ARGS)
+    ARGS = runs.parse(parser, "vae")
+    runs.run(main, ARGS)

@@ -51,14 +51,14 @@ class Loader:
         return map(self.batch, self.rows())
 
     def rows(self):
-        """Return the rows of each batch of a new epoch: index tensors if shuffled, else slices."""
+        """Returns the rows of each batch of a new epoch: index tensors if shuffled, else slices."""
         n, size = len(self.images), self.batch_size
         if self.shuffle:
             return torch.randperm(n, device=self.images.device)[: len(self) * size].split(size)
         return [slice(i * size, (i + 1) * size) for i in range(len(self))]
 
     def batch(self, rows):
-        """Return what the loader yields for these rows."""
+        """Returns what the loader yields for these rows."""
         return take(self.images, rows).float(), take(self.labels, rows)
 
 
@@ -92,7 +92,7 @@ class ShiftedLoader(Loader):
 
 
 def take(tensor, rows):
-    """Return `tensor[rows]`, with index_select for speed where the rows are not a slice."""
+    """Returns `tensor[rows]`, with index_select for speed where the rows are not a slice."""
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
@@ -100,7 +100,7 @@ def mnist(
     root="./data/", batch_size=128, download=True, *,
     n_train=40_000, shift=True, drop_last=False, device="cpu",
 ):  # fmt: skip
-    """Return the training, validation and test Loader of MNIST in grey values 0..255.
+    """Returns the training, validation and test Loader of MNIST in grey values 0..255.
 
     Args:
         root, download: the template's, without effect, because the data come with the repository.
@@ -124,33 +124,33 @@ def mnist(
 
 @functools.cache
 def load():
-    """Return the images of the training and then the test file, uint8 `[70000, 784]`, and labels.
+    """Returns the images of the training and then the test file, uint8 `[70000, 784]`, and labels.
 
     The labels are int64 `[70000]`. Raises DataError if the file is missing or damaged.
     """
-    try:
-        # Opened here: NumPy leaves a damaged archive open, and takes other files for pickles.
-        with FILE.open("rb") as file:
-            if file.read(4) != b"PK\3\4":
-                raise ValueError("no npz archive")
-            file.seek(0)
-            archive = np.load(file)
-            arrays = {name: archive[name] for name in SHA256}
-        verify(arrays)
-    except Exception as error:  # a damaged archive fails in a dozen ways, with one remedy
-        what = textwrap.shorten(str(error), 200)
-        raise DataError(f"{FILE}: {what}; datasets/README.md says where to get it") from error
+    arrays = read(FILE, SHA256)
     images = np.concatenate([arrays["train_images"], arrays["test_images"]]).reshape(-1, 784)
     labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
     return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
-def verify(arrays):
-    """Raise DataError unless these are MNIST's arrays in type, shape and SHA-256."""
-    for name, sha256 in SHA256.items():
-        array, n = arrays[name], 60_000 if name.startswith("train") else 10_000
-        shape = (n, 28, 28) if name.endswith("images") else (n,)
-        if array.dtype != np.uint8 or array.shape != shape:
-            raise DataError(f"{name} is {array.dtype} {array.shape}, not uint8 {shape}")
-        if hashlib.sha256(array.tobytes()).hexdigest() != sha256:
-            raise DataError(f"{name} has the wrong SHA-256")
+def read(path, sha256):
+    """Returns the arrays of a npz file by name, whose bytes must have these SHA-256 sums.
+
+    Raises DataError if the file is missing or damaged.
+    """
+    try:
+        # Opened here: NumPy leaves a damaged archive open, and takes other files for pickles.
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\3\4":
+                raise ValueError("no npz archive")
+            file.seek(0)
+            archive = np.load(file)
+            arrays = {name: archive[name] for name in sha256}
+        for name, array in arrays.items():
+            if hashlib.sha256(array.tobytes()).hexdigest() != sha256[name]:
+                raise ValueError(f"{name} has the wrong SHA-256")
+        return arrays
+    except Exception as error:  # a damaged archive fails in a dozen ways, with one remedy
+        what = textwrap.shorten(str(error), 200)
+        raise DataError(f"{path}: {what}; datasets/README.md says where to get it") from error

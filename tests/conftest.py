@@ -1,4 +1,4 @@
-"""What the tests of the three scripts share: small runs of a script, here or in a process.
+"""What the tests of the scripts share: small runs of a script, here or in a process.
 
 `python tests/conftest.py EPOCH OPTIONS...` runs the VAE's script on two batches of each split, and
 sleeps in the middle of EPOCH, until it is ended.
@@ -28,6 +28,7 @@ import scipy.special
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
+from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,27 +38,36 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # as at a user's
 
+import a3_nf_template as nf
 from datasets import bmnist as bmnist_module
 from datasets import mnist as mnist_module
 
-# The static bits are always the same, and take half a second.
-drawn_bits = functools.cache(bmnist_module.binarize)
+
+def small(loaders, n_batches=2.5, epoch=0, batch=2, act=None):
+    """Keep few images, and let `act` change a training batch, given by epoch and number from 1.
+
+    Of the training images `n_batches`, of the others more: no split has as many as another one.
+    """
+    for loader, more in zip(loaders, (0, 1.2, 2.3), strict=False):
+        n = int((n_batches + more) * loader.batch_size)
+        loader.images, loader.labels = loader.images[:n], loader.labels[:n]
+        watch(loader, epoch if loader is loaders[0] else 0, batch, act)
 
 
-def small(loaders, n_batches=2, epoch=0, batch=2, act=None):
-    """Keep `n_batches` of each loader; let `act` change that training batch (counted from 1)."""
-    for loader in loaders:
-        n = int(n_batches * loader.batch_size)
-        loader.images = loader.images[:n]
-        loader.labels = None if loader.labels is None else loader.labels[:n]
-    kind, epochs = type(loaders[0]), itertools.count(1)
+def watch(loader, epoch, batch, act):
+    """Let the loader yield numbers of PyTorch's default type, and `act` change that batch."""
+    kind, epochs = type(loader), itertools.count(1)
+
+    def typed(x):
+        return x.to(torch.get_default_dtype()) if x.is_floating_point() else x
 
     def iterate(self):
         this_epoch = next(epochs)
         for number, item in enumerate(kind.__iter__(self), 1):
+            item = pytree.tree_map(typed, item)
             yield act(item) if (this_epoch, number) == (epoch, batch) else item
 
-    loaders[0].__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
+    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
 
 
 def stop_in(epoch):
@@ -81,8 +91,13 @@ def poison(batch):
 
 
 def save_pictures(figure, file, **_):
-    """Take the place of the slow Figure.savefig: save the arrays of the figure's pictures alone."""
-    np.savez(file, *(image.get_array() for axes in figure.axes for image in axes.get_images()))
+    """Take the place of the slow Figure.savefig: save the arrays of the figure's pictures alone.
+
+    All are black on white.
+    """
+    images = [image for axes in figure.axes for image in axes.get_images()]
+    assert all((x.get_cmap().name, x.get_clim()) == ("gray_r", (0, 1)) for x in images)
+    np.savez(file, *(image.get_array() for image in images))
 
 
 def way_off(start, expected, found):
@@ -103,9 +118,10 @@ def jacobian(function, z):
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """One of the three scripts, and what it takes to run it in a moment."""
+    """One of the scripts, and what it takes to run it in a moment."""
 
     name: str
+    path: str
     epochs: str  # its option for the number of epochs
     small: tuple  # options of a small run
     metrics: tuple
@@ -118,11 +134,11 @@ class Script:
 
     @property
     def file(self):
-        return ROOT / f"a3_{self.name}_template.py"
+        return ROOT / self.path
 
     @property
     def module(self):
-        return importlib.import_module(f"a3_{self.name}_template")
+        return importlib.import_module(self.path.removesuffix(".py").replace("/", "."))
 
     def options(self, folder, n_epochs=3, *more):
         return [self.epochs, n_epochs, *self.small, "--results_dir", folder, *more]
@@ -149,11 +165,11 @@ class Script:
         names = {"__name__": "__main__", "__file__": str(self.file)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [self.file.name, *map(str, options)])
-            patch.setenv("MPLBACKEND", "agg")  # which the script sets, too
             # What is computed anew here agrees to the last digits also where there is bfloat16.
             patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-            patch.setattr(bmnist_module, "binarize", drawn_bits)
+            patch.setenv("MPLBACKEND", "agg")  # which the script sets, too
             patch.setattr(module, function, make_loaders)
+            patch.setattr(nf, "Coupling", functools.partial(nf.Coupling, n_hidden=8))  # MIXTURE's
             exec(compile(source, self.file, "exec"), names)
         return names
 
@@ -183,7 +199,7 @@ class Script:
 
     def arguments(self, *options):
         """Return the parsed options, without running `main`."""
-        replace = [("    run(main, ARGS)\n", "")]
+        replace = [("    runs.run(main, ARGS)\n", "")]
         return self.run_well(*options, replace=replace).names["ARGS"]
 
 
@@ -196,26 +212,28 @@ class Process(subprocess.Popen):
         super().__init__(command, text=True, **pipes, **kwargs)
 
     def end(self):
-        """Wait for it; return its status, out and err."""
-        out, err = self.communicate(timeout=300)
+        """Wait for it, but not for ever; return its status, out and err."""
+        try:
+            out, err = self.communicate(timeout=60)
+        finally:
+            self.kill()
         return SimpleNamespace(status=self.returncode, out=out, err=err)
 
 
 SMALL = ("--batch_size", 20, "--device", "cpu")
 SAMPLES = ("samples_before", "samples_halfway", "samples_after")
+FLOW = ("--epochs", SMALL, ("train_bpd", "val_bpd"), ("test_bpd", "digit_from", "digit_to"),
+        ("bpd", "interpolation", *SAMPLES))  # fmt: skip
 VAE = Script(
-    "vae", "--epochs", SMALL, ("train_elbo", "val_elbo"), ("test_elbo",),
+    "vae", "a3_vae_template.py", "--epochs", SMALL, ("train_elbo", "val_elbo"), ("test_elbo",),
     ("elbo", "samples_first", *SAMPLES),
 )  # fmt: skip
-NF = Script(
-    "nf", "--epochs", (*SMALL, "--precision", "float32"), ("train_bpd", "val_bpd"),
-    ("test_bpd", "precision", "digit_from", "digit_to"), ("bpd", "interpolation", *SAMPLES),
-    (("n_hidden=1024", "n_hidden=32"), ("c_hidden=64", "c_hidden=4")),
-)  # fmt: skip
 GAN = Script(
-    "gan", "--n_epochs", SMALL, ("value", "loss_g", "d_real", "d_fake"),
+    "gan", "a3_gan_template.py", "--n_epochs", SMALL, ("value", "loss_g", "d_real", "d_fake"),
     ("epoch", "digit_from", "digit_to"), ("training", "interpolation", *SAMPLES),
 )  # fmt: skip
+NF = Script("nf", "a3_nf_template.py", *FLOW, (("n_hidden=1024", "n_hidden=32"),))
+MIXTURE = Script("mixture", "extension/mixture_flow.py", *FLOW, (("c_hidden=64", "c_hidden=4"),))
 
 
 @dataclasses.dataclass
@@ -264,13 +282,20 @@ def seed():
 def file(tmp_path, monkeypatch):
     """Let datasets/ find its file at this path, where there is none yet."""
     path, read = tmp_path / "mnist.npz", mnist_module.load.__wrapped__  # not from its cache
-    for module in (mnist_module, bmnist_module):
-        monkeypatch.setattr(module, "FILE", path)
-        monkeypatch.setattr(module, "load", read)
+    monkeypatch.setattr(mnist_module, "FILE", path)
+    monkeypatch.setattr(mnist_module, "load", read)
     return path
 
 
-@pytest.fixture(params=(VAE, NF, GAN), ids=str)
+@pytest.fixture
+def float64():
+    """Let all be computed in float64, where networks of the same weights agree on any machine."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=(VAE, GAN, NF, MIXTURE), ids=str)
 def script(request):
     return request.param
 

@@ -1,6 +1,5 @@
 """The GAN: its value function, its two updates, its interpolation, the script."""
 
-import functools
 import math
 
 import numpy as np
@@ -68,14 +67,6 @@ def test_interpolation_goes_in_equal_angles_and_keeps_the_length(latent_dim):
     np.testing.assert_allclose(cosines, cosines[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("z_from", "z_to"), [([1.0, 2.0], [2.0, 4.0]), ([1.0, 2.0], [-1.0, -2.0]), ([3.0], [-1.0])]
-)
-def test_interpolation_of_parallel_latents_is_the_straight_line(z_from, z_to):
-    steps = gan.interpolate(torch.tensor(z_from), torch.tensor(z_to))
-    np.testing.assert_allclose(steps, np.linspace(z_from, z_to, 9), atol=1e-6)
-
-
 def test_two_digits_are_those_of_the_nearest_training_images():
     """If there is but one, it is both."""
     generator, (train, _, _) = gan.Generator().eval(), mnist(shift=False)
@@ -116,24 +107,25 @@ def kept(network):
     return [x.clone() for name, x in state.items() if name.endswith(("weight", "running_var"))]
 
 
-def test_training_is_that_of_a_plain_loop(tmp_path):
+@pytest.mark.parametrize("seed", [5])
+def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
     """Three epochs of two batches: the paper's two losses, dropout, the schedule, the average.
 
     The half batch behind these is left out.
     """
-    lr, loaders = 0.001, functools.partial(small, n_batches=2.5)
-    GAN.run_well(*GAN.options(tmp_path, 3, "--seed", 5, "--lr", lr), loaders=loaders)
+    lr = 0.001
+    GAN.run_well(*GAN.options(tmp_path, 3, "--seed", seed, "--lr", lr))
 
     data = mnist(batch_size=20, n_train=50_000, shift=False, drop_last=True)
-    loaders(data)
-    torch.manual_seed(5)
+    small(data)
+    torch.manual_seed(seed)
     networks = generator, discriminator = plain_networks()
     start_g, start_d = kept(generator), kept(discriminator)
     average = start_g
     adam_g, adam_d = (torch.optim.Adam(x.parameters(), betas=(0.5, 0.999)) for x in networks)
     of_real, of_fake = torch.ones(20), torch.zeros(20)
     for epoch in range(3):
-        torch.manual_seed(5 * 3 + epoch + 1)
+        torch.manual_seed(seed * 3 + epoch + 1)
         metrics = {name: [] for name in GAN.metrics}
         for step, (pixels, _) in enumerate(data[0], 2 * epoch):
             for adam in (adam_g, adam_d):
@@ -156,12 +148,12 @@ def test_training_is_that_of_a_plain_loop(tmp_path):
                 metrics[name].append(float(value))
         row = Results(tmp_path).metrics[epoch]
         for name, values in metrics.items():
-            assert float(row[name]) == pytest.approx(np.mean(values), rel=1e-3), name
+            assert float(row[name]) == pytest.approx(np.mean(values), rel=1e-9), name
 
     parts, found = Results(tmp_path).checkpoint["parts"], Results(tmp_path).weights
-    assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-3
-    assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-3
-    assert way_off(start_g, average, kept(found)) < 1e-3
+    assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-9
+    assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-9
+    assert way_off(start_g, average, kept(found)) < 1e-9
 
 
 def tile(picture, i, n_columns=5, padding=1):
@@ -171,21 +163,19 @@ def tile(picture, i, n_columns=5, padding=1):
 
 
 def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path):
-    """The grids are black on white, here of the same moments as the sample figures."""
-    progress, options = tmp_path / "progress", GAN.options(tmp_path, 3, "--save_interval", 2)
+    """The grids, every second batch, are those of the sample figures of the same moments."""
+    progress, options = tmp_path / "progress", GAN.options(tmp_path, 4, "--save_interval", 2)
     progress.mkdir()
     (progress / "mine.png").write_text("mine")
     assert GAN.run(*options, loaders=stop_in(2)).status == 130
-    assert sorted(path.name for path in progress.iterdir()) == ["000002.png", "mine.png"]
+    assert sorted(path.name for path in progress.glob("*.png")) == ["000002.png", "mine.png"]
     GAN.run_well(*options, "--resume")
-    grids = ["000002.png", "000004.png", "000006.png", "mine.png"]
-    assert sorted(path.name for path in progress.iterdir()) == grids
+    names = ["000002.png", "000004.png", "000006.png", "000008.png", "mine.png"]
+    assert sorted(path.name for path in progress.glob("*.png")) == names
     assert (progress / "mine.png").read_text() == "mine"
-    for grid, name in zip(grids[1:], ("samples_halfway", "samples_after"), strict=False):
-        grey = 1 - gan.plt.imread(progress / grid)[..., 0]
-        (samples,) = Results(tmp_path).pictures(name)
-        for i in (0, 1, 24):
-            np.testing.assert_allclose(tile(grey, i, padding=2), tile(samples, i), atol=0.003)
+    for number, name in ((4, "samples_halfway"), (8, "samples_after")):
+        (grid,) = Results(progress).pictures(f"{number:06d}")
+        assert np.array_equal(grid, Results(tmp_path).pictures(name)[0])
 
 
 def test_interpolation_goes_from_one_digit_of_the_summary_to_the_other(finished):
@@ -194,6 +184,6 @@ def test_interpolation_goes_from_one_digit_of_the_summary_to_the_other(finished)
     assert picture.shape == (30, 9 * 29 + 1)
     ends = torch.tensor(np.stack([tile(picture, i, n_columns=9) for i in (0, 8)])).flatten(1)
     train = mnist(n_train=50_000, shift=False)[0]
-    nearest = torch.cdist(ends, train.images[:40].float() / 255).argmin(dim=1)
+    nearest = torch.cdist(ends, train.images[:50].float() / 255).argmin(dim=1)
     final = finished(GAN).summary["final"]
     assert train.labels[nearest].tolist() == [final["digit_from"], final["digit_to"]]

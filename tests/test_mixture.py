@@ -1,16 +1,24 @@
 """The mixture coupling: inverse, log-determinant, distribution function, what a pixel may see."""
 
+import functools
+import math
+import re
+
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from conftest import jacobian, zeros
+import torch.nn.functional as F
+from conftest import MIXTURE, Results, jacobian, small, way_off, zeros
 
 import a3_nf_template as nf
+from datasets.mnist import mnist
+from extension import mixture_flow
+from extension.mixture_flow import MixtureCoupling, nested_splits
 
 SIDE = 12  # of the small images: grids of 12, 6 and 3 pixels a side
-SPLITS = list(nf.nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE)))[:-2]  # each one once
+SPLITS = list(nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE)))[:-2]  # each one once
 NAMES = [f"{len(kept)}x{len(kept)}, {kept.shape[2]} kept" for kept, _ in SPLITS]
 
 
@@ -25,8 +33,11 @@ def randomize(module):
 def layer_of(split):
     """The coupling of a split, or of all of them the flow, with weights that are not zero."""
     if split == "flow":
-        return randomize(nf.Flow([SIDE**2], coupling="mixture"))
-    return randomize(nf.MixtureCoupling(*split))
+        flow = nf.Flow([784], n_flows=0)
+        splits = nested_splits(torch.arange(SIDE**2).view(SIDE, SIDE))
+        flow.layers.extend(MixtureCoupling(*split) for split in splits)
+        return randomize(flow)
+    return randomize(MixtureCoupling(*split))
 
 
 @pytest.fixture(params=SPLITS, ids=NAMES)
@@ -47,7 +58,7 @@ def pixels(n=3):
 def random_mixture(n_mix=5, n=1):
     """A coupling, and log pi, mu and log s of `n` mixtures, `[1, n_mix, n]`."""
     log_pi, mean, log_scale = torch.randn(3, 1, n_mix, n, dtype=torch.float64)
-    return nf.MixtureCoupling(*SPLITS[-1]), (log_pi, 4 * mean, log_scale)
+    return MixtureCoupling(*SPLITS[-1]), (log_pi.log_softmax(1), 4 * mean, log_scale)
 
 
 @torch.no_grad()
@@ -71,7 +82,7 @@ def test_distribution_is_that_of_scipy(n_mix):
     coupling, (log_pi, mean, log_scale) = random_mixture(n_mix)
     x = torch.linspace(-40, 40, 81, dtype=torch.float64)[:, None]
     v, log_slope = coupling.logit_cdf(x, log_pi, mean, log_scale)
-    weights = torch.softmax(log_pi, dim=1).flatten().numpy()
+    weights = log_pi.exp().flatten().numpy()
     logistics = scipy.stats.logistic(mean.flatten().numpy(), log_scale.exp().flatten().numpy())
     functions = logistics.cdf, logistics.sf, logistics.pdf
     c, not_c, density = (function(x.numpy()) @ weights for function in functions)
@@ -132,18 +143,129 @@ def test_flow_predicts_each_pixel_from_raw_and_coarser_ones():
         assert not slopes[torch.cat(changed[i + 1 :])][:, earlier].any()
 
 
-def test_likelihood_is_float32_under_autocast():
-    flow, z = layer_of("flow").float(), pixels().float()
-    expected = flow(z, zeros(z))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = flow(z, zeros(z))
+@pytest.mark.parametrize("fast", [True, False])
+def test_training_alone_is_in_bfloat16_where_the_processor_has_it(fast, monkeypatch):
+    """And there the likelihood stays float32."""
+    monkeypatch.setattr(mixture_flow, "has_bfloat16", lambda device: fast)
+    coupling, z = layer_of(SPLITS[0]).float(), pixels().float()
+    expected, types = coupling(z, zeros(z)), []
+    coupling.nn.last.register_forward_hook(lambda *args: types.append(args[-1].dtype))
+    out, again = coupling.train()(z, zeros(z)), coupling.eval()(z, zeros(z))
+    assert types == [torch.bfloat16 if fast else torch.float32, torch.float32]
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.5)  # and of the same type
+    assert torch.equal(again[0], expected[0])
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=NAMES)
 def test_starts_as_one_gentle_map_for_all_images(split):
     """With zero last weights nothing depends on the kept pixels, and no slope is extreme."""
     z = pixels(1)
-    slopes = jacobian(nf.MixtureCoupling(*split).double(), z)
+    slopes = jacobian(MixtureCoupling(*split).double(), z)
     assert torch.equal(slopes, slopes.diag().diag())
     assert 0.1 < slopes.diag().min() <= slopes.diag().max() <= 1
+
+
+def test_a_single_logistic_is_an_affine_coupling_that_starts_as_the_identity():
+    z = pixels(4)
+    coupling = MixtureCoupling(*SPLITS[0], n_mix=1).double().eval()
+    torch.testing.assert_close(coupling(z, zeros(z)), (z, zeros(z)))
+    coupling = randomize(coupling)
+    _, mean, log_scale, a, b = coupling.predict(z)
+    changed, log_scale = coupling.changed, a - log_scale[:, 0]
+    expected = (z[:, changed] - mean[:, 0]) * log_scale.exp() + b
+    torch.testing.assert_close(coupling(z, zeros(z))[0][:, changed], expected)
+    torch.testing.assert_close(coupling(z, zeros(z))[1], log_scale.sum(1))
+
+
+# ------------------------ Training ------------------------
+def plain_net(net, x):
+    """A ConvNet's output, of its weights by formulas of our own."""
+    size, side = net.first.weight.shape[-1], x.shape[-1]
+
+    def norm(x, layer):
+        mean, var = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (var + 1e-5).sqrt()
+        return x * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def act(x):
+        return x * (x + 3).clamp(0, 6) / 6
+
+    def conv(x, layer, size):
+        weight = layer.weight.view(x.shape[1], size, size, x.shape[1]).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, layer.bias, padding=size // 2)
+
+    x = F.conv2d(x, net.first.weight, net.first.bias, padding=size // 2) + net.position
+    assert len(net.blocks) == (4 if side > 1 else 1)
+    for block in net.blocks:
+        hidden = conv(act(norm(x, block[0])), block[2], size)
+        x = x + conv(act(hidden), block[4], 1)
+    return F.conv2d(act(norm(x, net.last[0])), net.last[2].weight)
+
+
+def plain_log_px(model, images, n_mix):
+    """log p(x), of the model's weights by formulas of our own."""
+    p = 1e-5 / 2 + (1 - 1e-5) * (images + torch.rand_like(images)) / 256
+    z = torch.logit(p)
+    log_px = ((1 - 1e-5) / (256 * p * (1 - p))).log().sum(1)
+    for layer in model.flow.layers:
+        out = plain_net(layer.nn, z[:, layer.kept].movedim(3, 1) / 4)
+        out = out.reshape(len(z), 3 * n_mix + 2, -1) + layer.common
+        pi, mean, scale = (part.exp() for part in out[:, : 3 * n_mix].split(n_mix, 1))
+        u, pi = (z[:, None, layer.changed] - mean.log()) / scale, pi / pi.sum(1, keepdim=True)
+        a, b = 2 * torch.tanh(out[:, -2]), out[:, -1]
+        c, not_c = (pi * torch.sigmoid(u)).sum(1), (pi * torch.sigmoid(-u)).sum(1)
+        slope = (pi * torch.sigmoid(u) * torch.sigmoid(-u) / scale).sum(1)
+        z = z.index_copy(1, layer.changed, (c / not_c).log() * a.exp() + b)
+        log_px = log_px + (a + slope.log() - c.log() - not_c.log()).sum(1)
+    return log_px - (z**2 + math.log(2 * math.pi)).sum(1) / 2
+
+
+@pytest.mark.parametrize("seed", [5])
+@pytest.mark.parametrize(("max_norm", "rise"), [(0.01, 300), (1e3, 3)])
+def test_training_is_that_of_a_plain_loop(max_norm, rise, seed, float64, monkeypatch, tmp_path):
+    """Two epochs of two and a half batches: clipping, AdamW, Muon, warm-up and a cosine.
+
+    Once clipped as in the script, once hardly: there a gradient kept from the last batch shows,
+    and the rates are not to rise for longer than 3 steps.
+    """
+    monkeypatch.setattr(nf, "MAX_GRAD_NORM", max_norm)
+    options, replace = ("--n_mix", 3, "--seed", seed, "--lr", 0.1), [("/ 300", f"/ {rise}")]
+    MIXTURE.run_well(*MIXTURE.options(tmp_path, 2, *options), replace=replace)
+
+    data = train, val, _ = mnist(batch_size=20)
+    small(data)
+    monkeypatch.setattr(nf, "Coupling", functools.partial(nf.Coupling, n_hidden=8))
+    narrow = functools.partial(mixture_flow.ConvNet, c_hidden=4)
+    monkeypatch.setattr(mixture_flow, "ConvNet", narrow)
+    torch.manual_seed(seed)
+    model = mixture_flow.mixture_model(3)
+    weights = dict(model.named_parameters())
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    hidden = [name for name in weights if re.search(r"blocks\.\d+\.[24]\.weight", name)]
+    others = [name for name in weights if name not in hidden]
+    settings = {"weight_decay": 0, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [torch.optim.AdamW([weights[name] for name in others], weight_decay=0),
+                  torch.optim.Muon([weights[name] for name in hidden], **settings)]  # fmt: skip
+    for epoch in range(2):
+        torch.manual_seed(seed * 2 + epoch + 1)
+        bits = {"train_bpd": 0, "val_bpd": 0}
+        for step, (images, _) in enumerate(train, 3 * epoch):
+            cosine = (1 + math.cos(math.pi * step / 6)) / 2
+            loss = -plain_log_px(model, images, 3).mean() / (784 * math.log(2))
+            model.zero_grad()
+            loss.backward()
+            norm = sum(weight.grad.square().sum() for weight in weights.values()).sqrt()
+            for weight in weights.values():
+                weight.grad *= min(1, max_norm / (norm + 1e-6))  # as PyTorch does
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.1 * min(1, (step + 1) / rise) * cosine
+                optimizer.step()
+            bits["train_bpd"] += loss.item() * len(images) / len(train.images)
+        for images, _ in val:
+            log_px = plain_log_px(model, images, 3).sum().item()
+            bits["val_bpd"] -= log_px / (784 * math.log(2) * len(val.images))
+        row = Results(tmp_path).metrics[epoch]
+        assert {name: float(row[name]) for name in bits} == pytest.approx(bits, rel=1e-9)
+    for names in (others, hidden):  # apart, since Muon's way is the shorter one
+        parts = (start, weights, Results(tmp_path).weights)
+        assert way_off(*([part[name] for name in names] for part in parts)) < 1e-9

@@ -1,0 +1,269 @@
+"""A better flow on MNIST: couplings by mixtures of logistics (Flow++, Ho et al., 2019).
+
+A lesson that goes on from a3_nf_template.py: its density, prior, dequantization and loss stay, and
+its affine couplings make way for those of arXiv:1902.00275. Read from top to bottom: the networks,
+the coupling, the order in which pixels change, the training. Run
+
+    python extension/mixture_flow.py              # mixtures of 16, into results/nf_mixture
+    python extension/mixture_flow.py --n_mix 1    # a single logistic: an affine coupling
+
+`--help` lists the options.
+"""
+
+import argparse
+import functools
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also where a notebook says otherwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import a3_nf_template as nf
+import runs
+from datasets.mnist import mnist
+
+
+# ------------------------------------ Networks ------------------------------------
+class Conv(nn.Linear):
+    """A convolution, its weight a matrix `[c_out, size * size * c_in]`: Muon takes no others."""
+
+    def __init__(self, size, c_in, c_out):
+        super().__init__(size * size * c_in, c_out)
+        self.size = size
+
+    def forward(self, x):
+        kernels = self.weight.view(self.out_features, self.size, self.size, -1)
+        return F.conv2d(x, kernels.permute(0, 3, 1, 2), self.bias, padding="same")
+
+
+class ConvNet(nn.Module):
+    """A residual network on `side` x `side` cells; on a single one its convolutions are linear."""
+
+    def __init__(self, side, c_in, c_out, c_hidden=64):
+        super().__init__()
+        size = min(3, side)
+        norm = functools.partial(nn.GroupNorm, 1, c_hidden)  # layer normalization (Ba et al., 2016)
+        self.first = nn.Conv2d(c_in, c_hidden, size, padding="same")
+        # Convolutions hardly know where they are, yet strokes are rare near the border.
+        self.position = nn.Parameter(torch.zeros(1, c_hidden, side, side))
+        # On CPUs this piecewise SiLU costs half as much as the smooth one.
+        self.blocks = nn.Sequential(*(
+            nf.Residual(norm(), nn.Hardswish(), Conv(size, c_hidden, c_hidden),
+                        nn.Hardswish(), Conv(1, c_hidden, c_hidden))
+            for _ in range(4 if side > 1 else 1)
+        ))  # fmt: skip
+        self.last = nn.Sequential(norm(), nn.Hardswish(), nn.Conv2d(c_hidden, c_out, 1, bias=False))
+        # With zero weights the couplings start as the same gentle map for all images.
+        nn.init.zeros_(self.last[-1].weight)
+
+    def forward(self, x):
+        """Maps `[batch, c_in, side, side]` to `[batch, c_out, side, side]`."""
+        x = self.first(x)
+        x = x + self.position.to(x.dtype)  # in float32 it would make all further sums float32
+        return self.last(self.blocks(x))
+
+
+def has_bfloat16(device):
+    """Says whether a device multiplies in bfloat16; where it does not, emulation is slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.cpu.get_capabilities()
+    return flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
+
+
+# ------------------------------------ Couplings ------------------------------------
+class MixtureCoupling(nn.Module):
+    """A coupling through the distribution function of a mixture (paper, section 3.2).
+
+    The pixels `kept` stay as they are. From them a network predicts, for each pixel x of
+    `changed`, a mixture of K logistics with weights pi, means mu and scales s (the paper's s is
+    our log s), and an affine map (a, b); a tanh of ours keeps a within [-2, 2]:
+
+        x' = logit(C(x)) exp(a) + b,   C(x) = sum_k pi_k sigmoid(u_k),   u_k = (x - mu_k) / s_k,
+        log dx'/dx = a + log C'(x) - log C(x) - log(1 - C(x)).
+
+    If x follows the mixture, C(x) is uniform and its logit logistic, nearly normal after the scale.
+    With K = 1, logit(C(x)) = (x - mu) / s, and the coupling is affine.
+    Both sets of pixel numbers are `[side, side, n]`: n pixels of each cell of a lattice.
+    """
+
+    def __init__(self, kept, changed, n_mix=16):
+        super().__init__()
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("changed", changed.permute(2, 0, 1).flatten(), persistent=False)
+        self.sizes = n_mix, n_mix, n_mix, 1, 1  # log pi, mu, log s, a, b
+        n_out = sum(self.sizes)
+        self.nn = ConvNet(len(kept), kept.shape[2], n_out * changed.shape[2])
+        # What the network predicts is added to these. At first the means cover the logits from
+        # -6 to 6; a single one is at zero, and its coupling the identity.
+        common = torch.zeros(n_out, changed.numel())
+        if n_mix > 1:
+            common[n_mix : 2 * n_mix] = torch.linspace(-6, 6, n_mix)[:, None]
+        self.common = nn.Parameter(common)
+
+    def predict(self, z):
+        """Returns log pi, mu and log s, `[batch, K, n]` each, and a and b, `[batch, n]` each."""
+        kept = z[:, self.kept].permute(0, 3, 1, 2)  # channels last, as CPUs like it
+        # In training the products may be in bfloat16; what is measured later is all in float32.
+        fast = self.training and has_bfloat16(z.device)
+        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=fast):
+            out = self.nn(kept / 4)  # the logits, which begin within +-12.3, are then of order one
+        out = out.to(z.dtype).reshape(len(z), *self.common.shape) + self.common
+        log_pi, mean, log_scale, a, b = out.split(self.sizes, dim=1)
+        return log_pi.log_softmax(1), mean, log_scale, 2 * torch.tanh(a[:, 0]), b[:, 0]
+
+    def logit_cdf(self, x, log_pi, mean, log_scale):
+        """Returns v = logit(C(x)) and log dv/dx for x `[batch, n]`, mixtures `[batch, K, n]`."""
+        u = (x[:, None] - mean) * torch.exp(-log_scale)
+        # log pi_k sigmoid(u_k) and log pi_k sigmoid(-u_k): both share the larger one's logarithm.
+        larger = log_pi + torch.log(torch.sigmoid(u.abs()))
+        lower, upper = larger - F.relu(-u), larger - F.relu(u)
+        log_c, log_not_c = lower.logsumexp(1), upper.logsumexp(1)
+        # Each logistic has the density sigmoid(u) sigmoid(-u) / s.
+        log_density = (lower + upper - log_pi - log_scale).logsumexp(1)
+        return log_c - log_not_c, log_density - log_c - log_not_c
+
+    @torch.no_grad()  # no gradient passes through a bisection
+    def solve(self, v, log_pi, mean, log_scale):
+        """Returns x with logit(C(x)) = v by bisection, as many steps as a number has bits.
+
+        C is an average of the sigmoid(u_k), so that v lies between the least and the greatest
+        u_k, and x between the least and the greatest of the points where a u_k is v.
+        """
+        ends = mean + torch.exp(log_scale) * v[:, None]
+        low, high = ends.amin(1), ends.amax(1)
+        for _ in range(torch.finfo(v.dtype).bits):
+            x = (low + high) / 2
+            below = self.logit_cdf(x, log_pi, mean, log_scale)[0] < v
+            low, high = torch.where(below, x, low), torch.where(below, high, x)
+        return x
+
+    def forward(self, z, ldj, reverse=False):
+        """Maps `z` `[batch, c_in]` and adds log|det dz'/dz| to `ldj` `[batch]`; returns both."""
+        *mixture, a, b = self.predict(z)
+        x = z[:, self.changed]
+        if reverse:
+            x = self.solve((x - b) * torch.exp(-a), *mixture)
+        v, log_slope = self.logit_cdf(x, *mixture)
+        log_scale = (log_slope + a).sum(dim=1)
+        if reverse:
+            return z.index_copy(1, self.changed, x), ldj - log_scale
+        return z.index_copy(1, self.changed, v * torch.exp(a) + b), ldj + log_scale
+
+
+def nested_splits(grid):
+    """Yields `kept, changed` of couplings from fine to coarse; sampling goes from coarse to fine.
+
+    The 2x2 cells of a grid of pixel numbers are (a b / c d). First c changes given a, b and d, then
+    b given a and d, then d given a; none is read again. Those that change together are independent
+    given the kept, so few do. The a are the next grid: RealNVP's multi-scale idea (section 3.6), to
+    its end. On the last one, of odd side, the halves of a checkerboard change in turn, twice.
+    """
+    while len(grid) % 2 == 0:
+        a, b, c, d = grid[::2, ::2], grid[::2, 1::2], grid[1::2, ::2], grid[1::2, 1::2]
+        yield torch.stack([a, b, d], dim=2), c[..., None]
+        yield torch.stack([a, d], dim=2), b[..., None]
+        yield a[..., None], d[..., None]
+        grid = a
+    cell = grid.reshape(1, 1, -1)
+    even, odd = cell[..., ::2], cell[..., 1::2]
+    yield from 2 * [(even, odd), (odd, even)]
+
+
+def mixture_model(n_mix=16):
+    """Returns the template's Model with mixture couplings as the layers of its flow."""
+    model = nf.Model(shape=[nf.N_PIXELS])
+    splits = nested_splits(torch.arange(nf.N_PIXELS).view(28, 28))
+    model.flow.layers = nn.ModuleList(MixtureCoupling(*split, n_mix) for split in splits)
+    return model
+
+
+# ------------------------------------ Training ------------------------------------
+def main():
+    # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
+    torch.set_float32_matmul_precision("medium")
+    torch.manual_seed(ARGS.seed)
+    train, val, test = mnist(batch_size=ARGS.batch_size, device=ARGS.device)
+    model = mixture_model(ARGS.n_mix).to(ARGS.device)
+    # The hidden layers learn faster by Muon (Jordan et al., 2024), in steps of AdamW's size.
+    hidden = [module.weight for module in model.modules() if isinstance(module, Conv)]
+    others = [weight for weight in model.parameters() if all(weight is not h for h in hidden)]
+    muon = torch.optim.Muon(hidden, ARGS.lr, weight_decay=0, ns_steps=3,  # as good as 5
+                            adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    adamw = torch.optim.AdamW(others, ARGS.lr, weight_decay=0, fused=True)
+
+    parts = {"model": model, "adamw": adamw, "muon": muon}
+    train_curve, val_curve, seconds = [], [], []
+    if ARGS.resume:
+        train_curve, val_curve, seconds = runs.load_checkpoint(ARGS, parts)
+    else:
+        torch.manual_seed(ARGS.seed)
+        nf.save_images(model.eval().sample(25), ARGS.results_dir / "samples_before.pdf")
+    print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
+
+    for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
+        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # its own draws, also if resumed
+        start, losses = time.perf_counter(), []
+        model.train()
+        for batch, (images, _) in enumerate(tqdm(train, leave=False, disable=None)):
+            # The learning rate rises over 300 steps and falls to zero on half a cosine.
+            step = (epoch - 1) * len(train) + batch
+            cosine = (1 + math.cos(math.pi * step / (ARGS.epochs * len(train)))) / 2
+            for group in adamw.param_groups + muon.param_groups:
+                group["lr"] = ARGS.lr * min(1, (step + 1) / 300) * cosine
+
+            loss = nf.bits_per_dim(model(images)).mean()
+            model.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), nf.MAX_GRAD_NORM)
+            adamw.step()
+            muon.step()
+            losses.append(loss.detach() * len(images))  # the last batch may be smaller
+
+        train_bpd = torch.stack(losses).sum().item() / len(train.images)
+        val_bpd = nf.epoch_iter(model.eval(), val, None)
+        train_curve.append(train_bpd)
+        val_curve.append(val_bpd)
+        seconds.append(time.perf_counter() - start)
+        runs.check_finite(epoch, (train_bpd, val_bpd), model)
+
+        torch.manual_seed(ARGS.seed)  # the same latents each time
+        if epoch == (ARGS.epochs + 1) // 2:
+            nf.save_images(model.sample(25), ARGS.results_dir / "samples_halfway.pdf")
+        if epoch == ARGS.epochs:
+            nf.save_images(model.sample(25), ARGS.results_dir / "samples_after.pdf")
+        runs.save_checkpoint(ARGS, parts, (train_curve, val_curve, seconds))
+        print(f"epoch {epoch}/{ARGS.epochs}  train_bpd {train_bpd:.4f}  val_bpd {val_bpd:.4f}"
+              f"  {seconds[-1]:.1f} s", flush=True)  # fmt: skip
+
+    torch.manual_seed(ARGS.seed)
+    test_bpd = nf.epoch_iter(model.eval(), test, None)
+    print(f"test_bpd {test_bpd:.3f}", flush=True)
+    other = (test.labels != test.labels[0]).nonzero()[0].item()  # the first of another digit
+    nf.save_interpolation(model, test.images[[0, other]], ARGS.results_dir / "interpolation.pdf")
+    nf.save_bpd_plot(train_curve, val_curve, ARGS.results_dir / "bpd.pdf")
+    columns = {"epoch": range(1, ARGS.epochs + 1), "train_bpd": train_curve,
+               "val_bpd": val_curve, "seconds": seconds}  # fmt: skip
+    final = {"train_bpd": train_curve[-1], "val_bpd": val_curve[-1], "test_bpd": test_bpd}
+    final |= {"digit_from": test.labels[0].item(), "digit_to": test.labels[other].item()}
+    runs.save_results(ARGS, model, columns, final)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the images")
+    parser.add_argument("--n_mix", type=int, default=16, help="logistics in a mixture")
+    parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
+    parser.add_argument("--lr", type=float, default=8e-3, help="greatest learning rate")
+
+    ARGS = runs.parse(parser, "nf_mixture")
+    runs.run(main, ARGS)
