@@ -4,26 +4,29 @@ python := .venv/bin/python
 installed := .venv/.installed
 developed := .venv/.developed
 
-.PHONY: tour full vae vae_dynamic vae_zdim2 gan nf nf_mixture measure report test bench block clean help
+.PHONY: tour full vae vae_dynamic vae_zdim2 gan nf nf_mixture nf_mixture_n_mix1 measure report \
+  test bench clean help
 .DEFAULT_GOAL := tour
 
 tour: $(installed)  ## train all three briefly, into results/tour (the default)
+	@echo "The tour trains all three briefly, which takes about four minutes on two cores."
 	$(python) a3_vae_template.py --epochs 10 --results_dir results/tour/vae
 	$(python) a3_nf_template.py --epochs 2 --results_dir results/tour/nf
 	$(python) a3_gan_template.py --n_epochs 10 --results_dir results/tour/gan
-	$(python) report/measure.py results/tour/vae results/tour/nf results/tour/gan
 	@echo
 	@echo "The tour is over. Look at its pictures:"
 	@ls results/tour/*/samples_after.png results/tour/*/elbo.png results/tour/*/bpd.png \
 	  results/tour/*/training.png results/tour/*/interpolation.png | sed 's/^/  /'
 	@echo "and at those of the full runs in results/*/. To go on:"
-	@echo "  make full    trains all at full length and builds the report"
+	@echo "  make full    trains all at full length, measures them and builds the report"
 	@echo "  make help    lists everything else"
 
 # Side by side, as under `make -j2`, trainings are fastest with a thread each.
 train = $(if $(filter-out -j1,$(filter -j%,$(MAKEFLAGS))),OMP_NUM_THREADS=1) $(python)
 
-full: vae vae_dynamic vae_zdim2 gan nf nf_mixture  ## train everything at full length, into results/, measure it and build the report
+runs := vae vae_dynamic vae_zdim2 gan nf_mixture nf_mixture_n_mix1 nf
+
+full: $(runs)  ## train everything at full length, into results/, measure it and build the report
 	$(MAKE) measure
 	$(MAKE) report
 
@@ -43,11 +46,14 @@ nf: $(installed)  ## the flow
 	$(train) a3_nf_template.py
 
 nf_mixture: $(installed)  ## the flow with mixture couplings
-	$(train) a3_nf_template.py --coupling mixture
+	$(train) extension/mixture_flow.py
 
-# The weights of nf are not in git: a fresh clone measures all but these.
+nf_mixture_n_mix1: $(installed)  ## the same networks with affine couplings
+	$(train) extension/mixture_flow.py --n_mix 1
+
+# The weights of nf, the last one, are not in git: a fresh clone measures all but these.
 measure: $(installed)  ## what the report says of the trained models, into results/*/measures.json
-	$(python) report/measure.py $(addprefix results/,vae vae_dynamic vae_zdim2 gan nf_mixture nf)
+	$(python) report/measure.py $(addprefix results/,$(runs))
 
 report:  ## report/report.pdf from the figures and numbers in results/ (needs LaTeX)
 	$(MAKE) -C report
@@ -60,30 +66,32 @@ test: $(developed)  ## lint and tests
 bench: $(developed)  ## how far each training step is from what the machine can do
 	$(python) benchmarks/benchmark.py
 
-block:  ## copy the block that the scripts share from the VAE's into the other two
-	@sed -n '/^# >>> shared/,/^# <<< shared/p' a3_vae_template.py > .block
-	@sed -i.old -e '/^# <<< shared/r .block' -e '/^# >>> shared/,/^# <<< shared/d' \
-	  a3_gan_template.py a3_nf_template.py
-	@rm .block a3_*_template.py.old
-
 clean:  ## remove the environment, the tour and what tests and builds leave behind
 	rm -rf .venv results/tour .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	$(MAKE) -C report clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z_0-9]*\):.*## /\1 | /p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z_0-9]*\):.*## /\1 /p' Makefile | \
+	  while read -r name what; do printf '%-18s %s\n' "$$name" "$$what"; done
 
-.venv/bin/pip:
+# An environment works only where it was made; in a copied or moved folder it is made anew.
+ifeq ($(shell grep -sF '$(CURDIR)/.venv' .venv/bin/activate),)
+.PHONY: .venv $(installed) $(developed)
+endif
+
+.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "error: this needs Python 3.10 or newer, which $(PYTHON) is not; make PYTHON=..." >&2; exit 1; }
+	@rm -rf .venv
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "error: $(PYTHON) -m venv does not work; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
-$(installed): requirements.txt | .venv/bin/pip
-	.venv/bin/pip install --quiet -r requirements.txt
+$(installed): requirements.txt | .venv
+	@echo "Installing PyTorch and the rest into .venv: about a minute, and 6 GB."
+	@$(python) -m pip install --quiet -r requirements.txt
 	@touch $@
 
 $(developed): tests/requirements-dev.txt $(installed)
-	.venv/bin/pip install --quiet -r tests/requirements-dev.txt
+	@$(python) -m pip install --quiet -r tests/requirements-dev.txt
 	@touch $@

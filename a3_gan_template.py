@@ -50,7 +50,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Tells images of the data from images of the generator.
 
-    Without dropout it learns the training images by heart, and takes all others for fakes.
+    Dropout is against learning the training images by heart.
     """
 
     def __init__(self, dropout=0.3):
@@ -82,8 +82,8 @@ def value_function(real_logits, fake_logits):
 def generator_loss(fake_logits):
     """Returns the non-saturating loss -E[log D(G(z))] in nats (paper, end of section 3).
 
-    Where D sees through the generator, D(G(z)) = sigmoid(l) near 0, the derivative of
-    log(1 - D(G(z))) in l is -D(G(z)) and vanishes; that of -log D(G(z)) is D(G(z)) - 1.
+    Early on D(G(z)) = sigmoid(l) is near 0. There log(1 - D) has the slope -D in l, near 0, and
+    G learns nothing; -log D has the slope D - 1, near -1.
     """
     return -F.logsigmoid(fake_logits).mean()
 
@@ -93,13 +93,13 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
     """Trains both networks by turns (paper, Algorithm 1, k = 1, with the same noise for both).
 
     Returns the generator with averaged weights and, by name, each epoch's means of V, the
-    generator's loss, D(x) and D(G(z)). Raises FloatingPointError if one of these, or a weight, is
-    not a finite number.
+    generator's loss, D(x) and D(G(z)), all as in training, with D's dropout. Raises
+    FloatingPointError if one of these, or a weight, is not a finite number.
     """
     # Two adversaries circle around the solution more than they approach it; the average of the
     # last part of the way lies closer. Samples come from it, and training never sees it.
     average = copy.deepcopy(generator).eval()
-    # The tensors themselves, not copies: these two follow all that happens to the networks.
+    # state_dict() has the tensors themselves, no copies: these two stay up to date.
     weights, averages = generator.state_dict().values(), average.state_dict().values()
     z = torch.randn(25, generator.latent_dim, device=ARGS.device)  # of all the sample grids
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
@@ -111,12 +111,12 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
         save_images(generate(average, z), ARGS.results_dir / "samples_before.pdf")
 
     for epoch in range(len(history["epoch"]) + 1, ARGS.n_epochs + 1):
-        # A seed for each epoch, so that a resumed run draws what an uninterrupted one does, and
-        # another one than in all epochs of runs with other seeds.
+        # A seed of its own for each epoch, so that a resumed run draws what an uninterrupted one
+        # does; no epoch of another --seed has the same.
         torch.manual_seed(ARGS.seed * ARGS.n_epochs + epoch)
         start, metrics = time.perf_counter(), []
-        # No loss falls here that would tell when to slow down: the full learning rate half of the
-        # way, while samples improve, then on a line towards zero, so that both players settle.
+        # The full learning rate for half of the epochs, then on a line towards zero, so that both
+        # players settle.
         for group in optimizer_G.param_groups + optimizer_D.param_groups:
             group["lr"] = ARGS.lr * min(1, 2 - 2 * (epoch - 1) / ARGS.n_epochs)
         generator.train()
@@ -127,8 +127,8 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
             # Train Discriminator: max over D of E[log D(x)] + E[log(1 - D(G(z)))]
             # -------------------
-            # First, as in Algorithm 1. Real and fake images go in one pass, since D has no batch
-            # normalization, which would mix them.
+            # Before G, unlike the template: Algorithm 1 improves D first. Real and fake images go
+            # in one pass, since D has no batch normalization, which would mix them.
             logits = discriminator.logits(torch.cat([real, fake.detach()]))
             real_logits, fake_logits = logits.chunk(2)
             value = value_function(real_logits, fake_logits)
@@ -140,12 +140,13 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             # ---------------
             loss_g = generator_loss(discriminator.logits(fake))
             optimizer_G.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))  # D needs no gradient of this
+            # Gradients for D's weights would be computed for nothing.
+            loss_g.backward(inputs=list(generator.parameters()))
             optimizer_G.step()
 
-            # Average Generator: mean += 5 / (4 + batches_done) (weight - mean)
+            # Average Generator: mean += (weight - mean) * 5 / (4 + batches_done)
             # -----------------
-            # So about the last fifth of all batches counts (Shamir & Zhang, 2013, eta = 4).
+            # Two thirds of it are of the last fifth of the batches (Shamir & Zhang, 2013, eta = 4).
             batches_done = (epoch - 1) * len(dataloader) + i
             for mean, weight in zip(averages, weights, strict=True):
                 if weight.is_floating_point():  # all but batch normalization's counters
@@ -237,13 +238,14 @@ def main():
     # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
-    # Only full batches: batch normalization fails on one image. (The report uses the other splits.)
+    # 50,000 images; the report needs the others. Full batches: batch normalization fails on one
+    # image.
     dataset, _, _ = mnist(batch_size=ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                           device=ARGS.device)  # fmt: skip
     generator = Generator(ARGS.latent_dim).to(ARGS.device)
     discriminator = Discriminator().to(ARGS.device)
-    # A beta of 0.5 forgets faster than Adam's 0.9 (Radford et al., 2016, arXiv:1511.06434), as is
-    # right where the other player has moved since.
+    # A beta of 0.5, not 0.9 (Radford et al., 2016, arXiv:1511.06434): older gradients were against
+    # an opponent that has changed since.
     adam = {"lr": ARGS.lr, "betas": (0.5, 0.999), "fused": True}
     optimizer_G = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_D = torch.optim.Adam(discriminator.parameters(), **adam)

@@ -1,7 +1,7 @@
 """A RealNVP flow on MNIST (Dinh et al., 2017, arXiv:1605.08803).
 
 Read from top to bottom, as the assignment's template: prior and mask, the couplings, the flow and
-its log-density (exact, written by hand), the training, the figures, `main`, the options. Run
+its log-density (written by hand), the training, the figures, `main`, the options. Run
 
     python a3_nf_template.py
 
@@ -65,6 +65,8 @@ class Coupling(nn.Module):
 
         z' = mask * z + (1 - mask) * (z * exp(s(mask * z)) + t(mask * z)).
 
+    A tanh each keeps s within [-b, b], b being learned, and t within [-8, 8].
+
     Raises ValueError for a mask of another shape.
     """
 
@@ -88,8 +90,7 @@ class Coupling(nn.Module):
         # With zero scales and shifts the layer starts as the identity.
         nn.init.zeros_(self.nn[-1].weight)
         nn.init.zeros_(self.nn[-1].bias)
-        # tanh keeps a log-scale within [-b, b], and b = exp(log_bound) > 0 is learned.
-        self.log_bound = nn.Parameter(torch.zeros(n_changed))
+        self.log_bound = nn.Parameter(torch.zeros(n_changed))  # b = exp(log_bound) > 0
 
     def forward(self, z, ldj, reverse=False):
         """Maps `z` `[batch, c_in]` and adds log|det dz'/dz| to `ldj` `[batch]`; returns both.
@@ -98,17 +99,17 @@ class Coupling(nn.Module):
         diagonal, so that its log-determinant is the sum of the log-scales (paper, section 3.3).
         `reverse` inverts both.
         """
-        s, t = self.nn(z.index_select(1, self.kept)).chunk(2, dim=1)
-        log_scale = torch.tanh(s) * self.log_bound.exp()
-        # Without a bound a rare pixel grew from coupling to coupling, to 7.6 million bits/dim.
-        # 8 leaves room: the logits of pixels begin within 12.3 of zero.
-        shift = 8 * torch.tanh(t / 8)
+        raw_s, raw_t = self.nn(z.index_select(1, self.kept)).chunk(2, dim=1)
+        s = torch.tanh(raw_s) * self.log_bound.exp()
+        # Unbounded shifts grew from coupling to coupling on a rare image, to 7.6 million bits/dim.
+        # Bounds of 8 and of 20 end alike.
+        t = 8 * torch.tanh(raw_t / 8)
         pixels = z.index_select(1, self.changed)
         if reverse:
-            pixels = (pixels - shift) * torch.exp(-log_scale)
-            return z.index_copy(1, self.changed, pixels), ldj - log_scale.sum(dim=1)
-        pixels = pixels * torch.exp(log_scale) + shift
-        return z.index_copy(1, self.changed, pixels), ldj + log_scale.sum(dim=1)
+            pixels = (pixels - t) * torch.exp(-s)
+            return z.index_copy(1, self.changed, pixels), ldj - s.sum(dim=1)
+        pixels = pixels * torch.exp(s) + t
+        return z.index_copy(1, self.changed, pixels), ldj + s.sum(dim=1)
 
 
 class Flow(nn.Module):
@@ -140,7 +141,8 @@ class Model(nn.Module):
         """Adds uniform noise to pixels 0..255 and so spreads each over an interval of length 1.
 
         Averaged over the noise, the log-density of the result is a lower bound of the discrete
-        pixels' log-probability (Theis et al., 2016); on bare integers it could grow without limit.
+        pixels' log-probability (Theis et al., 2016, arXiv:1511.01844). Without the noise, a density
+        could be made as large as one likes at the integers.
         """
         return z + torch.rand_like(z)
 
@@ -148,8 +150,8 @@ class Model(nn.Module):
         """Maps pixels in [0, 256] to the real line by a logit; returns `z, logdet`.
 
         y = logit(alpha / 2 + (1 - alpha) z / 256): the paper's section 4.1, made symmetric, so that
-        both ends of the interval stay finite. The derivative of a pixel is (1 - alpha) / 256 /
-        (p (1 - p)) with p = sigmoid(y).
+        both ends of the interval stay finite. With p = sigmoid(y), the derivative is dy/dz =
+        (1 - alpha) / (256 p (1 - p)).
         """
         alpha = 1e-5
         log_slope = math.log(1 - alpha) - math.log(256)
@@ -232,11 +234,11 @@ def save_bpd_plot(train_curve, val_curve, filename):
     figure, axes = plt.subplots(figsize=(2.7, 2), layout="constrained")
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
-        axes.plot(epochs, curve, label=label, marker="." if len(epochs) == 1 else None)
+        axes.plot(epochs, curve, label=label, marker=".", ms=2)
     if val_curve[0] > TARGET:
         axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
-    if len(epochs) > 1:  # single training values far above would squeeze the rest into a line
-        axes.set_ylim(min(TARGET, *train_curve, *val_curve) - 0.02, val_curve[0] + 0.02)
+    # Single training values far above would squeeze the rest into a line.
+    axes.set_ylim(top=max(val_curve[0], train_curve[-1]) + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
     axes.legend(frameon=False)
     runs.save_figure(figure, filename)
@@ -255,8 +257,8 @@ def save_images(images, filename, nrow=5):
 def save_interpolation(model, images, filename):
     """Saves 9 images decoded from the arc between the latents of two images `[2, 784]`.
 
-    Draws from the prior lie near a sphere, which a straight line leaves (White, 2016,
-    arXiv:1609.04468).
+    Draws from the prior lie near a sphere; a straight line between two of them passes far inside
+    (White, 2016, arXiv:1609.04468).
     """
     z_from, z_to = model.encode(images)[0]
     t = torch.linspace(0, 1, 9, device=images.device)[:, None]
@@ -283,12 +285,12 @@ def main():
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        # A seed for each epoch, so that a resumed run draws what an uninterrupted one does, and
-        # another one than in all epochs of runs with other seeds.
+        # A seed of its own for each epoch, so that a resumed run draws what an uninterrupted one
+        # does; no epoch of another --seed has the same.
         torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)
         start = time.perf_counter()
-        # Half a cosine towards zero, where the weights settle; at first, half of it, while
-        # Adam's averages are still of few gradients.
+        # Down half a cosine towards zero, as the VAE. The first epoch's steps are shorter, since
+        # Adam has seen few gradients.
         lr = ARGS.lr * (1 + math.cos(math.pi * (epoch - 1) / ARGS.epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr / 2 if epoch == 1 else lr
 

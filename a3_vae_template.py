@@ -70,8 +70,8 @@ class Decoder(nn.Module):
 def bernoulli_log_likelihood(logits, x):
     """Returns log p(x|z) of binary pixels, summed over the last dimension, in nats.
 
-    With p = sigmoid(l): x log p + (1 - x) log(1 - p) = x l - log(1 + e^l), which is exact for
-    any logit, where the logarithm of a rounded p would need a clamp.
+    With p = sigmoid(l): x log p + (1 - x) log(1 - p) = x l - log(1 + e^l). Computed from the
+    logit l it stays finite where p rounds to 0 or 1.
     """
     return (x * logits - F.softplus(logits)).sum(dim=-1)
 
@@ -79,7 +79,7 @@ def bernoulli_log_likelihood(logits, x):
 def kl_divergence(mean, std):
     """Returns KL(N(mean, std^2) || N(0, 1)) summed over the latent dimensions, in nats.
 
-    The closed form of the paper's appendix B: sum_d (std^2 + mean^2 - 1 - log std^2) / 2.
+    The closed form of the paper's appendix B: sum_d (std^2 + mean^2 - 1 - 2 log std) / 2.
     """
     return 0.5 * (std**2 + mean**2 - 1 - 2 * std.log()).sum(dim=-1)
 
@@ -93,6 +93,15 @@ class VAE(nn.Module):
         self.encoder = Encoder(hidden_dim, z_dim)
         self.decoder = Decoder(hidden_dim, z_dim)
 
+    def losses(self, input):
+        """Returns the two terms of the negative ELBO, `[batch]` each, in nats (Question 1.10)."""
+        mean, std = self.encoder(input)
+        # The noise does not depend on the weights, so the gradient passes through mean and std
+        # (paper, section 2.4).
+        z = mean + std * torch.randn_like(std)
+        reconstruction = -bernoulli_log_likelihood(self.decoder.logits(z), input.flatten(1))
+        return reconstruction, kl_divergence(mean, std)
+
     def forward(self, input):
         """Returns the average negative ELBO of a batch of binary images, a scalar in nats.
 
@@ -101,15 +110,6 @@ class VAE(nn.Module):
         """
         reconstruction, kl = self.losses(input)
         return (reconstruction + kl).mean()
-
-    def losses(self, input):
-        """Returns the two terms of the negative ELBO, `[batch]` each, in nats (Question 1.10)."""
-        mean, std = self.encoder(input)
-        # z = mean + std * noise moves the randomness out of the way of the gradient: z is a
-        # differentiable function of the encoder's output (paper, section 2.4).
-        z = mean + std * torch.randn_like(std)
-        reconstruction = -bernoulli_log_likelihood(self.decoder.logits(z), input.flatten(1))
-        return reconstruction, kl_divergence(mean, std)
 
     @torch.no_grad()
     def sample(self, n_samples):
@@ -188,7 +188,7 @@ def save_manifold(model, filename, n_side=20):
     quantiles = scipy.stats.norm.ppf((np.arange(n_side) + 0.5) / n_side)
     z_1, z_2 = np.meshgrid(quantiles, quantiles[::-1])  # z_2 grows upwards, as on paper
     z = torch.from_numpy(np.stack([z_1.ravel(), z_2.ravel()], axis=1))
-    z = z.to(model.decoder.output.weight)  # to the type of the weights, and to their device
+    z = z.to(model.decoder.output.weight)
     means = model.decoder(z).view(-1, 1, 28, 28)
     figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
@@ -203,8 +203,8 @@ def save_manifold(model, filename, n_side=20):
 def main():
     # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
     torch.set_float32_matmul_precision("medium")
-    # Weights, epochs, figures and the test draw from seeds of their own: so a resumed run draws
-    # what an uninterrupted one draws.
+    # Each part of a run sets its seed anew, so that a resumed run draws what an uninterrupted
+    # one does.
     torch.manual_seed(ARGS.seed)
     train, val, test = bmnist(batch_size=ARGS.batch_size, binarization=ARGS.binarization,
                               device=ARGS.device)  # fmt: skip
@@ -213,8 +213,8 @@ def main():
     # tell a training image from all others.
     first = model.encoder.hidden.weight
     others = [weight for weight in model.parameters() if weight is not first]
-    groups = [{"params": [first], "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=ARGS.lr, fused=True)
+    groups = [{"params": [first], "weight_decay": 0.2}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=ARGS.lr, weight_decay=0, fused=True)
 
     parts = {"model": model, "optimizer": optimizer}
     train_curve, val_curve, seconds = [], [], []
@@ -226,9 +226,11 @@ def main():
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # no other seed's run has this one
+        # A seed of its own for each epoch, and no epoch of another --seed has the same.
+        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)
         start = time.perf_counter()
-        # Half a cosine towards zero: smaller and smaller steps average out the gradients' noise.
+        # Down half a cosine towards zero: the smaller the steps, the less noise of the gradients
+        # stays in the weights.
         for group in optimizer.param_groups:
             group["lr"] = ARGS.lr * (1 + math.cos(math.pi * (epoch - 1) / ARGS.epochs)) / 2
 

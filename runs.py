@@ -27,7 +27,6 @@ def fail(message, status=2):
     sys.exit(status)
 
 
-# ------------------------------------ Options ------------------------------------
 def parse(parser, name):
     """Adds the options that all scripts have and returns the parsed ones.
 
@@ -45,8 +44,7 @@ def parse(parser, name):
 
     for option, value in vars(args).items():
         least = -1 if option == "seed" else 0
-        # Not a number fails this comparison, as it fails all.
-        if type(value) in (int, float) and not least < value < 2**31:
+        if type(value) in (int, float) and not least < value < 2**31:  # not a number fails, too
             fail(f"--{option} {value} is not allowed; give a number above {least} and below 2^31")
         if option not in ("results_dir", "resume") and value != parser.get_default(option):
             name += f"_{value}" if isinstance(value, str) else f"_{option}{value}"
@@ -61,7 +59,6 @@ def shown(args):
     return {k: v for k, v in vars(args).items() if k not in ("results_dir", "resume")}
 
 
-# ------------------------------------ Files ------------------------------------
 @functools.cache  # once a folder: the lock lasts until the process ends, however it ends
 def lock(folder):
     """Ends the program if another run is writing into the folder, else keeps others out of it."""
@@ -112,10 +109,9 @@ def check_finite(epoch, losses, *networks):
 
 def save_checkpoint(args, parts, history):
     """Writes checkpoint.pt: the options, the states of the `parts` by name, and the `history`."""
-    state = {
-        "options": shown(args), "threads": torch.get_num_threads(), "history": history,
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-    }  # fmt: skip
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"options": shown(args), "parts": states, "history": history,
+             "threads": torch.get_num_threads()}  # fmt: skip
     save_torch(args.results_dir / "checkpoint.pt", state)
 
 
@@ -127,16 +123,17 @@ def load_checkpoint(args, parts):
     lock(args.results_dir)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        others = [name for name, value in shown(args).items() if state["options"][name] != value]
-        if not others:
+        options, history = state["options"], state["history"]
+        if options == shown(args):
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
-            torch.set_num_threads(state["threads"])  # with more or fewer, sums round otherwise
-            return state["history"]
+            torch.set_num_threads(state["threads"])  # their number changes how sums round
     except Exception:  # a damaged file makes the unpickler raise almost anything
         fail(f"{path} is no checkpoint that this script can read; move it away to start afresh")
-    option = others[0]
-    fail(f"--{option} is {shown(args)[option]}, but {state['options'][option]} in {path}")
+    for option, value in shown(args).items():
+        if options.get(option) != value:
+            fail(f"--{option} is {value}, but {options.get(option)} in {path}")
+    return history
 
 
 def save_results(args, model, columns, final):
@@ -151,7 +148,6 @@ def save_results(args, model, columns, final):
     write(args.results_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
-# ------------------------------------ The run ------------------------------------
 def run(main, args):
     """Runs `main`; bad data, too little memory or disk, and Ctrl-C end it in one line."""
     sys.stderr = sys.stderr or io.StringIO()  # closed, as by 2>&-, and tqdm writes there

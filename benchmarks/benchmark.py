@@ -36,7 +36,12 @@ from datasets import bmnist, mnist
 N_ROUNDS = 15
 ROUND_SECONDS = 0.3  # of training steps in each round
 TIMED = ("step", "loader", "floor")
-RUNS = {"vae": [], "gan": [], "nf": [], "nf_mixture": ["--coupling", "mixture"]}
+RUNS = {
+    "vae": "a3_vae_template.py",
+    "gan": "a3_gan_template.py",
+    "nf": "a3_nf_template.py",
+    "nf_mixture": "extension/mixture_flow.py",
+}
 
 
 class TimedError(Exception):
@@ -127,10 +132,10 @@ def timed(make):
 def measure(name, options):
     """Returns the row of one run: quartiles of the times in milliseconds, and what follows."""
     mnist.mnist, bmnist.bmnist = timed(mnist.mnist), timed(bmnist.bmnist)
-    file = REPOSITORY / f"a3_{name.split('_')[0]}_template.py"
+    file = REPOSITORY / RUNS[name]
     script = {"__name__": "__main__", "__file__": str(file)}
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [file.name, *RUNS[name], *options, "--results_dir", folder]
+        sys.argv = [file.name, *options, "--results_dir", folder]
         try:
             exec(compile(file.read_text(), file, "exec"), script)
         except TimedError as found:

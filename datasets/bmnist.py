@@ -1,7 +1,7 @@
-"""Binary MNIST (Larochelle and Murray, 2011), read from the `binarized_mnist.npz` beside this file.
+"""Larochelle's Binary MNIST, read from the `binarized_mnist.npz` beside this file.
 
-Larochelle and Murray, The neural autoregressive distribution estimator, AISTATS 2011; they took the
-draw of Salakhutdinov and Murray, On the quantitative analysis of deep belief networks, ICML 2008.
+Larochelle and Murray, The neural autoregressive distribution estimator, AISTATS 2011; first drawn
+by Salakhutdinov and Murray, On the quantitative analysis of deep belief networks, ICML 2008.
 """
 
 import functools
@@ -34,8 +34,7 @@ class BinaryLoader(Loader):
     def batch(self, rows):
         images = take(self.images, rows)
         if self.dynamic:
-            # Of the 255 bytes 0..254, exactly `grey` many are below `grey`. Drawing bytes
-            # is exact, and faster than torch.rand or torch.bernoulli.
+            # Exactly: of the 255 bytes 0..254, `grey` many are below `grey`.
             images = torch.empty_like(images).random_(0, 255) < images
         return images.view(-1, 1, 28, 28).float()
 
@@ -57,7 +56,8 @@ def bmnist(root="./data/", batch_size=128, download=True, *, binarization="stati
     dynamic = binarization == "dynamic"
     grey, labels = mnist.load()
     images, rows = load()
-    images, labels = list(images.to(device).split(SIZES)), labels[rows].to(device).split(SIZES)
+    images = list(images.to(device).split(SIZES))
+    labels = labels[rows].to(device).split(SIZES)
     if dynamic:
         images[0] = grey[rows[: SIZES[0]]].to(device)
     return (
@@ -71,8 +71,8 @@ def bmnist(root="./data/", batch_size=128, download=True, *, binarization="stati
 def load():
     """Returns Larochelle's training, validation and test images, uint8 `[70000, 784]` in {0, 1}.
 
-    And the rows of `mnist.load` that they were drawn from, int64 `[70000]`. Raises DataError if
-    the file is missing or damaged.
+    Also returns, for each, the row of its grey image in `mnist.load`, int64 `[70000]`. Raises
+    DataError if the file is missing or damaged.
     """
     arrays = mnist.read(FILE, SHA256)
     images = np.unpackbits(arrays["bits"], axis=1)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import textwrap
 from pathlib import Path
 
@@ -15,9 +16,7 @@ SHA256 = {  # of the bytes of each array
     "test_images": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
     "test_labels": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
-PADDING = 2  # pixels on each side: 5% of 28, rounded up
-PADDED = 28 + 2 * PADDING
-MAX_SHIFT = 0.05 * PADDED
+MAX_SHIFT = 0.05 * 32  # pixels: 5% of an image that is padded by 2 on each side
 
 
 class DataError(Exception):
@@ -44,8 +43,8 @@ class Loader:
             raise DataError(f"batch size {batch_size} makes no batch of {len(images)} images")
 
     def __len__(self):
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        n_batches = len(self.images) / self.batch_size
+        return math.floor(n_batches) if self.drop_last else math.ceil(n_batches)
 
     def __iter__(self):
         return map(self.batch, self.rows())
@@ -71,24 +70,17 @@ class ShiftedLoader(Loader):
     times in 32 each. The 28 pixels in the middle are kept.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        edge = torch.arange(-PADDING, 28 + PADDING, device=self.images.device).clamp(0, 27)
-        square = self.images.view(-1, 28, 28)
-        padded = square.index_select(2, edge).index_select(1, edge).flatten()
-        # A view, not a copy: windows[c] is the 28x28 window with its top left corner at padded[c].
-        n_corners = len(padded) - 27 * (PADDED + 1)
-        self.windows = padded.as_strided((n_corners, 28, 28), (1, PADDED, 1))
-
     def __iter__(self):
         n, device = len(self.images), self.images.device
         shifts = torch.empty(2, n, device=device).uniform_(-MAX_SHIFT, MAX_SHIFT)
         down, right = shifts.round().long()
-        corners = torch.arange(n, device=device) * PADDED**2
-        corners += (PADDING - down) * PADDED + (PADDING - right)
+        place = torch.arange(28, device=device)
         for rows in self.rows():
-            images = self.windows.index_select(0, take(corners, rows))
-            yield images.flatten(1).float(), take(self.labels, rows)
+            # Beyond the edge the nearest pixel stands.
+            row = (place - take(down, rows)[:, None]).clamp(0, 27)
+            column = (place - take(right, rows)[:, None]).clamp(0, 27)
+            pixels = (28 * row[:, :, None] + column[:, None, :]).flatten(1)
+            yield take(self.images, rows).gather(1, pixels).float(), take(self.labels, rows)
 
 
 def take(tensor, rows):

@@ -1,8 +1,8 @@
 """A better flow on MNIST: couplings by mixtures of logistics (Flow++, Ho et al., 2019).
 
-A lesson that goes on from a3_nf_template.py: its density, prior, dequantization and loss stay, and
-its affine couplings make way for those of arXiv:1902.00275. Read from top to bottom: the networks,
-the coupling, the order in which pixels change, the training. Run
+A lesson that goes on from a3_nf_template.py: its density, prior, dequantization and loss stay.
+Three things change: the coupling (arXiv:1902.00275), its network, which has convolutions, and the
+order of the pixels. Read from top to bottom: network, coupling, order, training. Run
 
     python extension/mixture_flow.py              # mixtures of 16, into results/nf_mixture
     python extension/mixture_flow.py --n_mix 1    # a single logistic: an affine coupling
@@ -34,7 +34,7 @@ from datasets.mnist import mnist
 
 # ------------------------------------ Networks ------------------------------------
 class Conv(nn.Linear):
-    """A convolution, its weight a matrix `[c_out, size * size * c_in]`: Muon takes no others."""
+    """A convolution whose kernels are one matrix `[c_out, size * size * c_in]`, for Muon."""
 
     def __init__(self, size, c_in, c_out):
         super().__init__(size * size * c_in, c_out)
@@ -46,11 +46,11 @@ class Conv(nn.Linear):
 
 
 class ConvNet(nn.Module):
-    """A residual network on `side` x `side` cells; on a single one its convolutions are linear."""
+    """A residual network on `side` x `side` cells; on a single cell it is fully connected."""
 
     def __init__(self, side, c_in, c_out, c_hidden=64):
         super().__init__()
-        size = min(3, side)
+        size, n_blocks = (3, 4) if side > 1 else (1, 1)
         norm = functools.partial(nn.GroupNorm, 1, c_hidden)  # layer normalization (Ba et al., 2016)
         self.first = nn.Conv2d(c_in, c_hidden, size, padding="same")
         # Convolutions hardly know where they are, yet strokes are rare near the border.
@@ -59,7 +59,7 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential(*(
             nf.Residual(norm(), nn.Hardswish(), Conv(size, c_hidden, c_hidden),
                         nn.Hardswish(), Conv(1, c_hidden, c_hidden))
-            for _ in range(4 if side > 1 else 1)
+            for _ in range(n_blocks)
         ))  # fmt: skip
         self.last = nn.Sequential(norm(), nn.Hardswish(), nn.Conv2d(c_hidden, c_out, 1, bias=False))
         # With zero weights the couplings start as the same gentle map for all images.
@@ -113,7 +113,7 @@ class MixtureCoupling(nn.Module):
     def predict(self, z):
         """Returns log pi, mu and log s, `[batch, K, n]` each, and a and b, `[batch, n]` each."""
         kept = z[:, self.kept].permute(0, 3, 1, 2)  # channels last, as CPUs like it
-        # In training the products may be in bfloat16; what is measured later is all in float32.
+        # bfloat16 in training alone: what is measured is the same on all processors.
         fast = self.training and has_bfloat16(z.device)
         with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=fast):
             out = self.nn(kept / 4)  # the logits, which begin within +-12.3, are then of order one
@@ -124,9 +124,8 @@ class MixtureCoupling(nn.Module):
     def logit_cdf(self, x, log_pi, mean, log_scale):
         """Returns v = logit(C(x)) and log dv/dx for x `[batch, n]`, mixtures `[batch, K, n]`."""
         u = (x[:, None] - mean) * torch.exp(-log_scale)
-        # log pi_k sigmoid(u_k) and log pi_k sigmoid(-u_k): both share the larger one's logarithm.
-        larger = log_pi + torch.log(torch.sigmoid(u.abs()))
-        lower, upper = larger - F.relu(-u), larger - F.relu(u)
+        lower = log_pi + F.logsigmoid(u)
+        upper = lower - u  # log pi_k sigmoid(-u_k), since sigmoid(-u) = sigmoid(u) exp(-u)
         log_c, log_not_c = lower.logsumexp(1), upper.logsumexp(1)
         # Each logistic has the density sigmoid(u) sigmoid(-u) / s.
         log_density = (lower + upper - log_pi - log_scale).logsumexp(1)
@@ -136,8 +135,8 @@ class MixtureCoupling(nn.Module):
     def solve(self, v, log_pi, mean, log_scale):
         """Returns x with logit(C(x)) = v by bisection, as many steps as a number has bits.
 
-        C is an average of the sigmoid(u_k), so that v lies between the least and the greatest
-        u_k, and x between the least and the greatest of the points where a u_k is v.
+        At the least of the points mu_k + s_k v every u_k is at most v, and so is logit(C), an
+        average in between; at the greatest it is at least v. x lies between the two.
         """
         ends = mean + torch.exp(log_scale) * v[:, None]
         low, high = ends.amin(1), ends.amax(1)
@@ -161,12 +160,15 @@ class MixtureCoupling(nn.Module):
 
 
 def nested_splits(grid):
-    """Yields `kept, changed` of couplings from fine to coarse; sampling goes from coarse to fine.
+    """Yields `kept, changed`, the numbers of the pixels, of each coupling in turn.
 
-    The 2x2 cells of a grid of pixel numbers are (a b / c d). First c changes given a, b and d, then
-    b given a and d, then d given a; none is read again. Those that change together are independent
-    given the kept, so few do. The a are the next grid: RealNVP's multi-scale idea (section 3.6), to
-    its end. On the last one, of odd side, the halves of a checkerboard change in turn, twice.
+    A grid of pixels is cut into 2x2 cells (a b / c d). Couplings change c given a, b and d, then b
+    given a and d, then d given a. What has changed is not used again: each pixel is predicted from
+    others as they came. Few change at once, since those that do are independent given the rest.
+
+    All a form the next, coarser grid: RealNVP's multi-scale idea (section 3.6), to its end. On the
+    last one, of odd side, the halves of a checkerboard change in turn, twice. Sampling runs
+    backwards, from coarse to fine.
     """
     while len(grid) % 2 == 0:
         a, b, c, d = grid[::2, ::2], grid[::2, 1::2], grid[1::2, ::2], grid[1::2, 1::2]
@@ -189,12 +191,11 @@ def mixture_model(n_mix=16):
 
 # ------------------------------------ Training ------------------------------------
 def main():
-    # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
-    torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
     train, val, test = mnist(batch_size=ARGS.batch_size, device=ARGS.device)
     model = mixture_model(ARGS.n_mix).to(ARGS.device)
-    # The hidden layers learn faster by Muon (Jordan et al., 2024), in steps of AdamW's size.
+    # Muon (Jordan et al., 2024) for the matrices of the hidden layers, which learn faster by it,
+    # AdamW for the rest; scaled by match_rms_adamw, both share a learning rate.
     hidden = [module.weight for module in model.modules() if isinstance(module, Conv)]
     others = [weight for weight in model.parameters() if all(weight is not h for h in hidden)]
     muon = torch.optim.Muon(hidden, ARGS.lr, weight_decay=0, ns_steps=3,  # as good as 5
@@ -211,7 +212,7 @@ def main():
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # its own draws, also if resumed
+        torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)  # of its own, as in the other scripts
         start, losses = time.perf_counter(), []
         model.train()
         for batch, (images, _) in enumerate(tqdm(train, leave=False, disable=None)):

@@ -214,7 +214,7 @@ class Process(subprocess.Popen):
     def end(self):
         """Wait for it, but not for ever; return its status, out and err."""
         try:
-            out, err = self.communicate(timeout=60)
+            out, err = self.communicate(timeout=120)
         finally:
             self.kill()
         return SimpleNamespace(status=self.returncode, out=out, err=err)

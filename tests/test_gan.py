@@ -12,6 +12,7 @@ from conftest import GAN, Results, small, stop_in, way_off
 from torch import nn
 
 import a3_gan_template as gan
+import runs
 from datasets.mnist import mnist
 
 
@@ -82,6 +83,27 @@ def test_two_digits_are_those_of_the_nearest_training_images():
     train.labels = torch.full_like(train.labels, 7)
     z, digits = gan.two_digits(generator, train)
     assert (z.shape, digits) == ((2, 100), [7, 7])
+
+
+def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(monkeypatch):
+    """Without the first of 20 epochs."""
+    saved, epochs = [], list(range(1, 21))
+    monkeypatch.setattr(runs, "save_figure", lambda figure, _: saved.append(figure))
+    history = {"epoch": epochs, "value": [-n for n in epochs], "d_real": [n / 9 for n in epochs],
+               "d_fake": [n / 99 for n in epochs], "loss_g": epochs, "seconds": epochs}  # fmt: skip
+    gan.save_training_plot(history, "training.pdf")
+    left, right = saved[0].axes
+    gan.plt.close(saved[0])
+    value, equilibrium = left.get_lines()
+    assert list(value.get_xdata()) == epochs[1:]
+    assert list(value.get_ydata()) == history["value"][1:]
+    assert list(equilibrium.get_ydata()) == pytest.approx([-math.log(4)] * 2)
+    *outputs, half = right.get_lines()
+    assert {line.get_label(): list(line.get_ydata()) for line in outputs} == {
+        r"$D(\mathbf{x})$": history["d_real"][1:], r"$D(G(\mathbf{z}))$": history["d_fake"][1:],
+    }  # fmt: skip
+    assert list(half.get_ydata()) == [0.5, 0.5]
+    assert all(axes.get_xlabel() == "epoch" for axes in (left, right))
 
 
 # ------------------------ The script ------------------------
@@ -163,19 +185,21 @@ def tile(picture, i, n_columns=5, padding=1):
 
 
 def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path):
-    """The grids, every second batch, are those of the sample figures of the same moments."""
-    progress, options = tmp_path / "progress", GAN.options(tmp_path, 4, "--save_interval", 2)
+    """The grids, every third batch of two an epoch, are like the sample figures."""
+    progress, options = tmp_path / "progress", GAN.options(tmp_path, 3, "--save_interval", 3)
     progress.mkdir()
     (progress / "mine.png").write_text("mine")
     assert GAN.run(*options, loaders=stop_in(2)).status == 130
-    assert sorted(path.name for path in progress.glob("*.png")) == ["000002.png", "mine.png"]
+    assert sorted(path.name for path in progress.glob("*.png")) == ["000003.png", "mine.png"]
     GAN.run_well(*options, "--resume")
-    names = ["000002.png", "000004.png", "000006.png", "000008.png", "mine.png"]
+    names = ["000003.png", "000006.png", "mine.png"]
     assert sorted(path.name for path in progress.glob("*.png")) == names
     assert (progress / "mine.png").read_text() == "mine"
-    for number, name in ((4, "samples_halfway"), (8, "samples_after")):
-        (grid,) = Results(progress).pictures(f"{number:06d}")
-        assert np.array_equal(grid, Results(tmp_path).pictures(name)[0])
+    (grid,), (after,) = (
+        Results(progress).pictures("000006"),
+        Results(tmp_path).pictures("samples_after"),
+    )
+    assert np.array_equal(grid, after)
 
 
 def test_interpolation_goes_from_one_digit_of_the_summary_to_the_other(finished):

@@ -219,22 +219,37 @@ def test_density_integrates_to_one_and_samples_are_drawn_from_it(model_of):
 def test_bpd_plot_shows_both_curves_and_the_target(monkeypatch):
     saved = []
     monkeypatch.setattr(runs, "save_figure", lambda figure, name: saved.append(figure))
-    nf.save_bpd_plot([2.5, 2.0, 1.8], [2.3, 1.9, 1.7], "bpd.pdf")
-    lines = [line.get_ydata() for line in saved[0].axes[0].get_lines()]
+    nf.save_bpd_plot([2.5, 2.0, 1.8], [2.3, 1.7, 1.9], "bpd.pdf")
+    (axes,) = saved[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     nf.plt.close(saved[0])
-    assert [list(line) for line in lines] == [[2.5, 2.0, 1.8], [2.3, 1.9, 1.7], [1.85, 1.85]]
+    assert lines == {"training": [2.5, 2.0, 1.8], "validation": [2.3, 1.7, 1.9],
+                     "1.85 bits/dim": [1.85, 1.85]}  # fmt: skip
+    assert list(axes.get_lines()[0].get_xdata()) == [1, 2, 3]
+    low, high = axes.get_ylim()
+    assert low < 1.7 < 2.3 < high < 2.5
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "bits per dimension")
 
 
-def test_interpolation_starts_and_ends_at_the_two_images(model_of, images, monkeypatch):
+def test_interpolation_goes_on_an_arc_between_the_latents_of_the_two_images(
+    model_of, images, monkeypatch
+):
     shown = []
     monkeypatch.setattr(nf, "save_images", lambda images, *args, **kwargs: shown.append(images))
-    model = randomize(model_of(nf.get_mask()), scale=0.3)
+    model = randomize(model_of(nf.get_mask()), scale=0.3).double()
     nf.save_interpolation(model, images[[0, 1]], "interpolation.pdf")
-    (steps,) = shown
-    assert steps.shape == (9, 784)
+    model.decode = lambda z: z
+    nf.save_interpolation(model, images[[0, 1]], "interpolation.pdf")
+    steps, z = shown
+    assert steps.shape == z.shape == (9, 784)
     for step, image in ((steps[0], images[0]), (steps[-1], images[1])):
         assert ((step - image > -0.05) & (step - image < 1.05)).all()  # dequantized
-    assert len(steps.unique(dim=0)) == 9
+    # Of a point on the arc between the ends, the parts along both are sines of its angles.
+    angle = torch.acos(torch.cosine_similarity(z[0], z[-1], dim=0))
+    t = torch.linspace(0, 1, 9).double()
+    parts = torch.stack([torch.sin((1 - t) * angle), torch.sin(t * angle)]) / torch.sin(angle)
+    torch.testing.assert_close(z, parts.T @ z[[0, -1]], rtol=1e-4, atol=1e-4)
+    assert (steps[:-1] != steps[1:]).any(dim=1).all()
 
 
 def plain_log_px(model, images):

@@ -69,23 +69,52 @@ def test_elbo_is_that_of_quadrature_and_a_lower_bound(one_dimensional):
 
 
 # ------------------------ Figures ------------------------
-def test_manifold_is_a_20_by_20_grid_even_in_the_priors_probability(monkeypatch):
-    model, seen = vae.VAE(hidden_dim=20, z_dim=2), []
-    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+@pytest.fixture
+def saved(monkeypatch):
     figures = []
     monkeypatch.setattr(runs, "save_figure", lambda figure, _: figures.append(figure))
+    yield figures
+    for figure in figures:
+        vae.plt.close(figure)
+
+
+def test_elbo_plot_shows_both_curves(saved):
+    """Of one epoch both points; of several not the first training value, far below."""
+    for n in (1, 3):
+        train, val = [-130.0, -93.0, -95.0][:n], [-99.0, -96.0, -97.0][:n]
+        vae.save_elbo_plot(train, val, "elbo.pdf")
+        (axes,) = saved[-1].axes
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        assert lines == {"training": train, "validation": val}
+        assert list(axes.get_lines()[1].get_xdata()) == [1, 2, 3][:n]
+        low, high = axes.get_ylim()
+        assert low < min(val)
+        assert high > max(train + val)
+        assert (low < -130) == (n == 1)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "ELBO (nats)")
+
+
+def test_manifold_is_a_20_by_20_grid_even_in_the_priors_probability(saved):
+    model, seen = vae.VAE(hidden_dim=20, z_dim=2), []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     vae.save_manifold(model, "manifold.pdf")
     z = torch.cat(seen).view(20, 20, 2)
     quantiles = scipy.stats.norm.ppf((np.arange(20) + 0.5) / 20)
     z_1, z_2 = np.meshgrid(quantiles, quantiles)
     np.testing.assert_allclose(z[..., 0], z_1, rtol=1e-5)  # to the right
     np.testing.assert_allclose(z[..., 1].flip(0), z_2, rtol=1e-5)  # upwards
-    (picture,) = figures[0].axes[0].get_images()
-    vae.plt.close(figures[0])
+    (axes,) = saved[0].axes
+    (picture,) = axes.get_images()
     with torch.no_grad():
         means = model.decoder(z.view(400, 2)).view(20, 20, 28, 28)
     tiles = np.asarray(picture.get_array()).reshape(20, 28, 20, 28).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(tiles, means, rtol=1e-5)
+    # The axes' numbers stand in the middle of the images that they are of.
+    for axis, values in ((axes.xaxis, z[0, :, 0]), (axes.yaxis, z[:, 0, 1])):
+        for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True):
+            assert text.get_text() == f"${values[int(place) // 28]:.2f}$"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("$z_1$", "$z_2$")
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # as pictures are shown: rows downwards
 
 
 # ------------------------ The script ------------------------
