@@ -90,14 +90,16 @@ def generator_loss(fake_logits):
 
 # ------------------------------------ Training ------------------------------------
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
-    """Trains both networks by turns (paper, Algorithm 1, k = 1, with the same noise for both).
+    """Trains both networks by turns (paper, Algorithm 1, k = 1), with the options in ARGS.
+
+    Unlike the template: D before G, the same noise for both, and an average of G's weights.
 
     Returns the generator with averaged weights and, by name, each epoch's means of V, the
     generator's loss, D(x) and D(G(z)), all as in training, with D's dropout. Raises
     FloatingPointError if one of these, or a weight, is not a finite number.
     """
-    # Two adversaries circle around the solution more than they approach it; the average of the
-    # last part of the way lies closer. Samples come from it, and training never sees it.
+    # Two adversaries circle around more than they settle; an average of the weights does not
+    # (Yazici et al., 2019, arXiv:1806.04498). Samples come from it, and training never sees it.
     average = copy.deepcopy(generator).eval()
     # state_dict() has the tensors themselves, no copies: these two stay up to date.
     weights, averages = generator.state_dict().values(), average.state_dict().values()
@@ -112,7 +114,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
     for epoch in range(len(history["epoch"]) + 1, ARGS.n_epochs + 1):
         # A seed of its own for each epoch, so that a resumed run draws what an uninterrupted one
-        # does; no epoch of another --seed has the same.
+        # does. Runs with other seeds share no draws.
         torch.manual_seed(ARGS.seed * ARGS.n_epochs + epoch)
         start, metrics = time.perf_counter(), []
         # The full learning rate for half of the epochs, then on a line towards zero, so that both
@@ -149,10 +151,10 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             # Two thirds of it are of the last fifth of the batches (Shamir & Zhang, 2013, eta = 4).
             batches_done = (epoch - 1) * len(dataloader) + i
             for mean, weight in zip(averages, weights, strict=True):
-                if weight.is_floating_point():  # all but batch normalization's counters
+                if weight.is_floating_point():  # and statistics, but not batches counted
                     mean.lerp_(weight, 5 / (4 + batches_done))
 
-            # Save Images
+            # Save Images (of the average, from the same latents each time)
             # -----------
             if batches_done % ARGS.save_interval == 0:
                 filename = ARGS.results_dir / "progress" / f"{batches_done:06d}.png"
@@ -235,7 +237,7 @@ def save_training_plot(history, filename):
 
 
 def main():
-    # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
+    # Faster matrix products where PyTorch has them: TF32 on GPUs, bfloat16 on CPUs with AMX.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
     # 50,000 images; the report needs the others. Full batches: batch normalization fails on one
@@ -266,8 +268,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--n_epochs", type=int, default=200, help="passes over the images")
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rates of Adam")
-    parser.add_argument("--latent_dim", type=int, default=100, help="of the latent space")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of the first half")
+    parser.add_argument("--latent_dim", type=int, default=100, help="dimensions of the latent")
     parser.add_argument("--save_interval", type=int, default=500, help="batches between grids")
 
     ARGS = runs.parse(parser, "gan")

@@ -29,7 +29,7 @@ from datasets.mnist import mnist
 
 N_PIXELS = 28 * 28
 TARGET = 1.85  # bits/dim on validation that the assignment asks for
-MAX_GRAD_NORM = 0.01  # below the norm of most gradients: nearly all batches weigh the same
+MAX_GRAD_NORM = 0.01  # all gradients are longer, 0.3 and more: so all batches weigh the same
 
 
 # ------------------------------------ Prior and mask ------------------------------------
@@ -58,7 +58,7 @@ class Residual(nn.Sequential):
 
 
 class Coupling(nn.Module):
-    """An affine coupling layer (paper, equations 7 to 9) for any 0/1 mask `[1, c_in]`.
+    """An affine coupling layer (paper, equations 4 to 9) for any 0/1 mask `[1, c_in]`.
 
     The pixels where the mask is 1 stay as they are. Each other pixel is scaled and shifted by
     amounts that a network predicts from those that stay:
@@ -96,13 +96,13 @@ class Coupling(nn.Module):
         """Maps `z` `[batch, c_in]` and adds log|det dz'/dz| to `ldj` `[batch]`; returns both.
 
         Ordered with the kept pixels first, the Jacobian is triangular with the scales on its
-        diagonal, so that its log-determinant is the sum of the log-scales (paper, section 3.3).
+        diagonal, so that its log-determinant is the sum of the log-scales (paper, equation 6).
         `reverse` inverts both.
         """
         raw_s, raw_t = self.nn(z.index_select(1, self.kept)).chunk(2, dim=1)
         s = torch.tanh(raw_s) * self.log_bound.exp()
-        # Unbounded shifts grew from coupling to coupling on a rare image, to 7.6 million bits/dim.
-        # Bounds of 8 and of 20 end alike.
+        # Unbounded shifts grew from coupling to coupling on a rare image: one epoch's mean was 192
+        # bits/dim. Bounds of 8 and of 20 end alike.
         t = 8 * torch.tanh(raw_t / 8)
         pixels = z.index_select(1, self.changed)
         if reverse:
@@ -198,7 +198,10 @@ def bits_per_dim(log_px, n_dims=N_PIXELS):
 
 
 def epoch_iter(model, data, optimizer):
-    """Runs one epoch and returns its average bits/dim; trains if `model.training`."""
+    """Runs one epoch and returns its average bits/dim; trains if `model.training`.
+
+    `data` yields grey images `[batch, 784]` in 0..255, and labels.
+    """
     losses, n_images = [], 0
     for images, _ in tqdm(data, leave=False, disable=None):
         with torch.set_grad_enabled(model.training):
@@ -238,9 +241,9 @@ def save_bpd_plot(train_curve, val_curve, filename):
     if val_curve[0] > TARGET:
         axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
     # Single training values far above would squeeze the rest into a line.
-    axes.set_ylim(top=max(val_curve[0], train_curve[-1]) + 0.02)
+    axes.set_ylim(top=max(*val_curve, train_curve[-1]) + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1, edgecolor="none")  # in front of the dashed line
     runs.save_figure(figure, filename)
 
 
@@ -268,11 +271,12 @@ def save_interpolation(model, images, filename):
 
 
 def main():
-    # Matrix products may run in bfloat16 where the processor has it; all else stays float32.
+    # Faster matrix products where PyTorch has them: TF32 on GPUs, bfloat16 on CPUs with AMX.
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(ARGS.seed)
     train, val, test = mnist(batch_size=ARGS.batch_size, device=ARGS.device)
     model = Model(shape=[N_PIXELS]).to(ARGS.device)
+    # The template's Adam, with a weight decay: without it 40 epochs ended 0.017 bits/dim higher.
     optimizer = torch.optim.AdamW(model.parameters(), ARGS.lr, weight_decay=0.3, fused=True)
 
     parts = {"model": model, "optimizer": optimizer}
@@ -286,11 +290,10 @@ def main():
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
         # A seed of its own for each epoch, so that a resumed run draws what an uninterrupted one
-        # does; no epoch of another --seed has the same.
+        # does. Runs with other seeds share no draws.
         torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)
         start = time.perf_counter()
-        # Down half a cosine towards zero, as the VAE. The first epoch's steps are shorter, since
-        # Adam has seen few gradients.
+        # Down half a cosine towards zero, as the VAE; shorter steps in the first epoch warm up.
         lr = ARGS.lr * (1 + math.cos(math.pi * (epoch - 1) / ARGS.epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr / 2 if epoch == 1 else lr
 

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def parse(parser, name):
     """Adds the options that all scripts have and returns the parsed ones.
 
     Without --results_dir the folder is results/`name`, extended by each option that differs from
-    its default, so that no run takes the place of another one. A bad option ends the program.
+    its default, so that no run takes the place of one with others. A bad option ends the program.
     """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
@@ -83,7 +84,7 @@ def write(path, content):
 
 
 def save_figure(figure, filename):
-    """Saves a figure as PDF and as PNG; without a date, so that equal figures are equal files."""
+    """Saves a figure as PDF and as PNG, without a date: equal figures are equal files."""
     name = str(filename).removesuffix(".pdf").removesuffix(".png")
     for kind in ("pdf", "png"):
         buffer = io.BytesIO()
@@ -94,7 +95,7 @@ def save_figure(figure, filename):
 
 
 def save_torch(path, state):
-    """Writes a state as `torch.save` does; equal states are equal files."""
+    """Writes a state as `torch.save` does."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getvalue())
@@ -130,9 +131,10 @@ def load_checkpoint(args, parts):
             torch.set_num_threads(state["threads"])  # their number changes how sums round
     except Exception:  # a damaged file makes the unpickler raise almost anything
         fail(f"{path} is no checkpoint that this script can read; move it away to start afresh")
-    for option, value in shown(args).items():
-        if options.get(option) != value:
-            fail(f"--{option} is {value}, but {options.get(option)} in {path}")
+    for option in options | shown(args):
+        here, there = shown(args).get(option), options.get(option)
+        if here != there:
+            fail(f"--{option} is {here}, but {there} in {path}")
     return history
 
 
@@ -160,6 +162,7 @@ def run(main, args):
         fail(error)
     except BrokenPipeError:  # nobody reads on, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as the signal would
     except OSError as error:
         fail(f"{error.filename or '-'}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
     except (KeyboardInterrupt, FloatingPointError) as error:
@@ -168,6 +171,7 @@ def run(main, args):
         fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has no class of its own for a processor's memory, nor has its oneDNN.
-        if not any(word in repr(error) for word in ("emory", "could not create a primitive")):
+        signs = r"MemoryError|(out of|enough|allocate) memory|could not create a primitive"
+        if not re.search(signs, repr(error)):
             raise
         fail(f"there is not enough memory for {shown(args)}")

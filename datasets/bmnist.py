@@ -34,7 +34,7 @@ class BinaryLoader(Loader):
     def batch(self, rows):
         images = take(self.images, rows)
         if self.dynamic:
-            # Exactly: of the 255 bytes 0..254, `grey` many are below `grey`.
+            # Of the 255 bytes 0..254, `grey` many are below `grey`.
             images = torch.empty_like(images).random_(0, 255) < images
         return images.view(-1, 1, 28, 28).float()
 
@@ -44,9 +44,10 @@ def bmnist(root="./data/", batch_size=128, download=True, *, binarization="stati
 
     Args:
         root, download: the template's, without effect, because the data come with the repository.
-        binarization: "static": the images of Larochelle's three files, in their order. "dynamic":
-            the training images drawn anew whenever they are used, from the grey images that
-            Larochelle's were drawn from (Burda et al., 2016); the others static.
+        binarization: "static": the images of Larochelle's three files; `images` has them in the
+            files' order. "dynamic": the training images drawn anew whenever they are used, from
+            the grey images that Larochelle's were drawn from (Burda et al., 2016,
+            arXiv:1509.00519); the others static.
 
     The loaders' `labels` are those of the grey images. Raises DataError for a missing or damaged
     file, another `binarization` or a bad `batch_size`.

@@ -28,7 +28,7 @@ class Loader:
 
     Args:
         images: uint8 `[N, 784]`, not to be written to.
-        labels: int64 `[N]`, or None if there are none.
+        labels: int64 `[N]`.
         shuffle: draw a new order for each epoch, from PyTorch's own generator.
         drop_last: leave out the last batch if it is smaller than `batch_size`.
 

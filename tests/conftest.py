@@ -204,19 +204,19 @@ class Script:
 
 
 class Process(subprocess.Popen):
-    """A process of Python, with its output as text."""
+    """A process of Python, with its output as text; it is ended with the test that started it."""
+
+    started = []  # noqa: RUF012, of all processes
 
     def __init__(self, file, *arguments, **kwargs):
         command = [str(word) for word in (sys.executable, file, *arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         super().__init__(command, text=True, **pipes, **kwargs)
+        self.started.append(self)
 
     def end(self):
-        """Wait for it, but not for ever; return its status, out and err."""
-        try:
-            out, err = self.communicate(timeout=120)
-        finally:
-            self.kill()
+        """Wait for it; return its status, out and err."""
+        out, err = self.communicate(timeout=120)
         return SimpleNamespace(status=self.returncode, out=out, err=err)
 
 
@@ -274,8 +274,14 @@ class Results:
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def alone():
+    """Draw the same numbers in any order of the tests, and leave nothing running."""
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)
+    while Process.started:
+        with Process.started.pop() as process:
+            process.kill()
 
 
 @pytest.fixture

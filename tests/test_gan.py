@@ -52,10 +52,6 @@ def test_discriminator_gives_the_probability_of_its_logit():
     assert discriminator(images[:1]).shape == (1,)
 
 
-def test_generator_may_be_float64():
-    assert gan.Generator().double()(torch.randn(3, 100).double()).dtype == torch.float64
-
-
 # ------------------------ Interpolation ------------------------
 @pytest.mark.parametrize("latent_dim", [2, 100])
 def test_interpolation_goes_in_equal_angles_and_keeps_the_length(latent_dim):

@@ -53,12 +53,6 @@ def test_samples_are_binary_draws_from_their_means():
         assert scipy.stats.kstest(column.numpy(), "norm").pvalue > 1e-3
 
 
-def test_model_may_be_float64():
-    model = vae.VAE(hidden_dim=30).double()
-    assert model(torch.rand(2, 784).double()).dtype == torch.float64
-    assert [tensor.dtype for tensor in model.sample(2)] == 2 * [torch.float64]
-
-
 # ------------------------ The bound ------------------------
 def test_elbo_is_that_of_quadrature_and_a_lower_bound(one_dimensional):
     model, x, exact, log_px = one_dimensional
