@@ -2,12 +2,14 @@
 
     python report/measure.py results/gan [results/vae ...]
 
-reads weights.pt and the options in summary.json of each folder, which any of the three scripts has
-left, and writes measures.json beside them; of a VAE with two dimensions latent_space.pdf and .png,
-too. It runs on the CPU, and gives the same numbers again but for the time.
+reads weights.pt and the options in summary.json of each folder, which any of the scripts has left,
+and writes measures.json beside them; of a VAE prior_estimate.pdf and .png, too, and if it has two
+dimensions latent_space.pdf and .png. All is computed in float32 on the CPU, and gives the same
+numbers again but for the time.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -23,18 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import a3_gan_template as gan
 import a3_nf_template as nf
 import a3_vae_template as vae
+import runs
 from datasets.bmnist import bmnist
-from datasets.mnist import DataError, mnist
+from datasets.mnist import DataError, ShiftedLoader, mnist
+from extension import mixture_flow
 
-VAE_DRAWS = 1000  # latents for log p(x) of an image
-GAN_SAMPLES = 10_000
-N_NEIGHBOURS = 10
+SAMPLES = 10_000  # of each model
+N_NEIGHBOURS, N_AGREEING = 10, 8
+ELBO_DRAWS, VAE_DRAWS = 10, 1000  # latents of each test image, for the bound and for log p(x)
+FEW_IMAGES, MANY = 100, 50  # on so many test images also so many times VAE_DRAWS latents
+PRIOR_DRAWS = [100, 1000, 10_000, 100_000]
 FLOW_DRAWS, FLOW_IMAGES = 16, 1000  # noise for the tighter bound of so many images
+END_IMAGES = 10_000  # training images on which a flow is measured at the end
+INK = 252  # grey values from here on are a stroke's inside, each far more frequent than 1 to 251
 
 
 def stderr(values):
@@ -42,7 +51,24 @@ def stderr(values):
     return (values.double().std() / len(values) ** 0.5).item()
 
 
+def numbers(images):
+    """Returns images of bytes as floating-point numbers of PyTorch's default type."""
+    return images.to(torch.get_default_dtype())
+
+
+def spread(images, n):
+    """Returns `n` of the images `[N, 784]` at equal distances: their files may be sorted."""
+    return images[:: len(images) // n][:n]
+
+
+def in_parts(function, images, size, name):
+    """Returns the joined results, along their last dimension, for parts of `size` images."""
+    parts = tqdm(images.split(size), desc=name, leave=False, disable=None)
+    return torch.cat([function(numbers(x)) for x in parts], dim=-1)
+
+
 def n_parameters(model):
+    """Returns the number of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -55,79 +81,7 @@ def sample_ms(draw):
     return 1000 * min(seconds)
 
 
-# ------------------------------------ VAE ------------------------------------
-def importance_log_likelihood(model, images, n_samples):
-    """Estimates log p(x) of each image, `[batch]` in nats, with `n_samples` latents from q(z|x).
-
-    log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) (Burda et al., 2016, equation 8): a lower bound in
-    expectation that rises to log p(x) with K.
-    """
-    mean, std = model.encoder(images)
-    noise = torch.randn(n_samples, *mean.shape)
-    z = mean + std * noise
-    # log p(z) - log q(z|x): the normalizers cancel, and (z - mean) / std is the noise.
-    log_prior_ratio = (0.5 * (noise**2 - z**2) + std.log()).sum(dim=-1)
-    log_likelihood = vae.bernoulli_log_likelihood(model.decoder.logits(z), images.flatten(1))
-    return (log_likelihood + log_prior_ratio).logsumexp(dim=0) - math.log(n_samples)
-
-
-def log_likelihoods(model, images, n_samples):
-    """Returns the importance-sampled log p(x) of images `[n, 784]`, `[n]` in nats."""
-    parts = images.split(max(1, 4000 // n_samples))  # about 4,000 latents at once
-    parts = tqdm(parts, desc="log p(x)", leave=False, disable=None)
-    return torch.cat([importance_log_likelihood(model, x.float(), n_samples) for x in parts])
-
-
-def latent_plane(mean, std):
-    """Compares the mixture of the posteriors, means and stds `[n, 2]`, with the prior N(0, I).
-
-    Returns its variance in either dimension, and the share of the means that lie outside of the
-    manifold's square, whose last quantile is 39/40.
-    """
-    variance = mean.var(dim=0) + (std**2).mean(dim=0)
-    outside = (mean.abs() > scipy.stats.norm.ppf(39 / 40)).any(dim=1)
-    return {"aggregate_variance": variance.tolist(),
-            "share_outside": outside.double().mean().item()}  # fmt: skip
-
-
-def save_latent_space(mean, labels, filename):
-    """Saves posterior means `[n, 2]` in the latent plane, coloured by digit."""
-    figure, axes = vae.plt.subplots(figsize=(4, 3), layout="constrained")
-    colours = {"c": labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
-    points = axes.scatter(*mean.T.numpy(), s=2, lw=0, **colours)
-    figure.colorbar(points, ticks=range(10), label="digit")
-    axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
-    vae.save_figure(figure, filename)
-
-
-def measure_vae(model, options, folder):
-    """Measures both parts of the ELBO and log p(x) on the test images, in nats."""
-    _, val, test = bmnist(batch_size=options["batch_size"], binarization=options["binarization"])
-    # In the batches and with the noise of the script, so that the parts add up to its test ELBO.
-    reconstruction, kl = torch.cat([torch.stack(model.losses(x)) for x in test], dim=1)
-    log_px = log_likelihoods(model, test.images, VAE_DRAWS)
-    measures = {
-        "test_elbo_stderr": stderr(reconstruction + kl),
-        "test_reconstruction": reconstruction.mean().item(),
-        "test_reconstruction_stderr": stderr(reconstruction),
-        "test_kl": kl.mean().item(), "test_kl_stderr": stderr(kl),
-        "test_log_px": log_px.mean().item(), "test_log_px_stderr": stderr(log_px),
-        "iw_samples": VAE_DRAWS,
-        "parameters": n_parameters(model), "sample_ms": sample_ms(lambda: model.sample(1000)),
-    }  # fmt: skip
-    if model.z_dim == 2:
-        mean, std = model.encoder(test.images.float())
-        measures |= latent_plane(mean, std)
-        if test.labels is not None:  # Larochelle's files have none
-            save_latent_space(mean, test.labels, folder / "latent_space.pdf")
-    torch.manual_seed(options["seed"])  # the random weights that the training began with
-    untrained = vae.VAE(z_dim=model.z_dim).eval()
-    measures["initial_elbo"] = vae.epoch_iter(untrained, val, optimizer=None)
-    measures["initial_kl"] = torch.cat([untrained.losses(x)[1] for x in val]).mean().item()
-    return measures
-
-
-# ------------------------------------ GAN ------------------------------------
+# ------------------------------------ The yardstick ------------------------------------
 def squared_distances(a, b):
     """Yields the squared distances of the rows of `a` to those of `b` in blocks `[500, len(b)]`.
 
@@ -151,6 +105,153 @@ def nearest_neighbours(images, train_images, train_labels, k=N_NEIGHBOURS):
         distances.append(nearest[:, 0].sqrt())
         labels.append(train_labels[index])
     return torch.cat(distances), torch.cat(labels)
+
+
+def yardstick(images):
+    """Judges images `[n, 784]` in [0, 1] by their ten nearest of MNIST's first 50,000 images.
+
+    Returns the measures by name, and each image's digit `[n]`, the most frequent one of the ten.
+    `agreement` is the share of the images of which at least eight of the ten are of that digit.
+    """
+    train, _, _ = mnist(n_train=50_000, shift=False)
+    nearest, labels = nearest_neighbours(images, numbers(train.images) / 255, train.labels)
+    digits = labels.mode(dim=1).values
+    agreeing = (labels == digits[:, None]).sum(dim=1) >= N_AGREEING
+    shares = digits.bincount(minlength=10).double() / len(digits)
+    return {
+        "agreement": agreeing.double().mean().item(), "digit_shares": shares.tolist(),
+        "digit_entropy": -torch.xlogy(shares, shares).sum().item(),
+        "digits_present": (shares > 0).sum().item(),
+        # A mean would hide a few copies of training images; the smallest distance would not.
+        "nearest": nearest.mean().item(), "nearest_min": nearest.min().item(),
+    }, digits  # fmt: skip
+
+
+# ------------------------------------ VAE ------------------------------------
+def vae_images(model, n):
+    """Draws `n` Bernoulli means, `[n, 784]` in [0, 1]."""
+    return model.sample(n)[1].flatten(1)
+
+
+def importance_log_likelihood(model, images, n_samples):
+    """Estimates log p(x) of each image, `[batch]` in nats, with `n_samples` latents from q(z|x).
+
+    log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) (Burda et al., 2016, equation 8): a lower bound in
+    expectation that rises to log p(x) with K.
+    """
+    mean, std = model.encoder(images)
+    noise = torch.randn(n_samples, *mean.shape)
+    z = mean + std * noise
+    # log p(z) - log q(z|x): the normalizers cancel, and (z - mean) / std is the noise.
+    log_prior_ratio = (0.5 * (noise**2 - z**2) + std.log()).sum(dim=-1)
+    log_likelihood = vae.bernoulli_log_likelihood(model.decoder.logits(z), images)
+    return (log_likelihood + log_prior_ratio).logsumexp(dim=0) - math.log(n_samples)
+
+
+def log_likelihoods(model, images, n_samples):
+    """Returns the importance-sampled log p(x) of images `[n, 784]`, `[n]` in nats."""
+
+    def estimate(x):
+        return importance_log_likelihood(model, x, n_samples)
+
+    return in_parts(estimate, images, max(1, 1000 // n_samples), "log p(x)")  # 1,000 latents each
+
+
+def prior_log_likelihoods(model, images, counts):
+    """Estimates log p(x) of images `[n, 784]` with S latents from the prior, for S in `counts`.
+
+    Returns the means over the images of log 1/S sum_s p(x|z_s), in nats (Question 1.4). Each is an
+    average over as many groups of S as the greatest count has.
+    """
+
+    def log_likelihood(z):
+        logits = model.decoder.logits(z)
+        # The sum over the pixels of x l - softplus(l), for all images and latents.
+        return numbers(images) @ logits.T - F.softplus(logits).sum(dim=1)
+
+    latents = torch.randn(max(counts), model.z_dim)
+    log_px = in_parts(log_likelihood, latents, 1000, "prior")  # [n, latents]
+    groups = [log_px.view(len(images), -1, count) for count in counts]
+    return [(x.logsumexp(dim=2) - math.log(x.shape[2])).mean().item() for x in groups]
+
+
+def save_prior_estimate(counts, estimates, log_px, filename):
+    """Plots the estimates of log p(x) from S latents of the prior against S, beside log p(x)."""
+    figure, axes = vae.plt.subplots(figsize=(2.7, 1.8), layout="constrained")
+    axes.semilogx(counts, estimates, marker="o", ms=3, label="$S$ samples of the prior")
+    axes.axhline(log_px, color="0.5", ls="--", label="importance-sampled")
+    axes.set(xlabel="number of samples $S$", ylabel=r"$\log\,p(\mathbf{x})$ (nats)")
+    axes.set_ylim(-300, -70)  # the same of all runs
+    axes.legend(frameon=False, loc="lower right")
+    runs.save_figure(figure, filename)
+
+
+def share_outside(mean):
+    """Returns the share of means `[n, 2]` outside of the manifold's square."""
+    return (mean.abs() > scipy.stats.norm.ppf(39 / 40)).any(dim=1).double().mean().item()
+
+
+def save_latent_space(mean, labels, filename):
+    """Saves posterior means `[n, 2]` in the latent plane, coloured by digit."""
+    figure, axes = vae.plt.subplots(figsize=(4, 3), layout="constrained")
+    colours = {"c": labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+    points = axes.scatter(*mean.T.numpy(), s=2, lw=0, **colours)
+    figure.colorbar(points, ticks=range(10), label="digit")
+    axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
+    runs.save_figure(figure, filename)
+
+
+def vae_losses(model, images, n_draws):
+    """Returns both terms of the negative ELBO, `[2, n]` in nats, as means over draws of noise."""
+
+    def average(x):
+        return torch.stack([torch.stack(model.losses(x)) for _ in range(n_draws)]).mean(dim=0)
+
+    return in_parts(average, images, 1000, "ELBO")
+
+
+def measure_vae(model, options, folder):
+    """Measures both parts of the ELBO and log p(x) on the test images, in nats.
+
+    And how far the estimates of log p(x) fall short, on a few of them.
+    """
+    _, val, test = bmnist()  # these are the same for both binarizations
+    reconstruction, kl = vae_losses(model, test.images, ELBO_DRAWS)
+    log_px = log_likelihoods(model, test.images, VAE_DRAWS)
+    few = spread(test.images, FEW_IMAGES)
+    bounds = torch.stack([log_likelihoods(model, few, VAE_DRAWS) for _ in range(MANY)])
+    few_log_px = (bounds.logsumexp(dim=0) - math.log(MANY)).mean().item()  # of all draws together
+    prior = prior_log_likelihoods(model, few, PRIOR_DRAWS)
+    save_prior_estimate(PRIOR_DRAWS, prior, few_log_px, folder / "prior_estimate.pdf")
+    mean, std = model.encoder(numbers(test.images))
+    torch.manual_seed(options["seed"])  # the random weights that the training began with
+    untrained = vae_losses(vae.VAE(z_dim=model.z_dim), val.images, 1)
+    measures = {
+        "elbo_draws": ELBO_DRAWS, "test_elbo": -(reconstruction + kl).mean().item(),
+        "test_elbo_stderr": stderr(reconstruction + kl),
+        "test_reconstruction": reconstruction.mean().item(),
+        "test_reconstruction_stderr": stderr(reconstruction),
+        "test_kl": kl.mean().item(), "test_kl_stderr": stderr(kl),
+        "test_log_px": log_px.mean().item(), "test_log_px_stderr": stderr(log_px),
+        "iw_samples": VAE_DRAWS,
+        "few_images": FEW_IMAGES, "many_draws": MANY * VAE_DRAWS, "few_log_px": few_log_px,
+        "iw_bias": few_log_px - bounds.mean().item(),  # by which the bound of VAE_DRAWS is lower
+        "prior_draws": PRIOR_DRAWS, "prior_log_px": prior,
+        # Of the mixture of all posteriors, in each dimension; the prior's is one.
+        "aggregate_variance": (mean.var(dim=0) + (std**2).mean(dim=0)).tolist(),
+        "initial_elbo": -untrained.sum(dim=0).mean().item(),
+        "initial_kl": untrained[1].mean().item(),
+    }  # fmt: skip
+    if model.z_dim == 2:
+        save_latent_space(mean, test.labels, folder / "latent_space.pdf")
+        measures["share_outside"] = share_outside(mean)
+    return measures
+
+
+# ------------------------------------ GAN ------------------------------------
+def gan_images(generator, n):
+    """Draws `n` images, `[n, 784]` in [0, 1]."""
+    return gan.generate(generator, torch.randn(n, generator.latent_dim))
 
 
 def parzen_log_likelihoods(images, centres, sigmas):
@@ -182,53 +283,45 @@ def parzen_estimate(centres, val_images, test_images):
     return log_px.mean().item(), stderr(log_px), sigmas[best]
 
 
-def judge(generator, train_set, val_set, test_set, n_samples):
-    """Measures the quality of `n_samples` images; returns the measures by name.
-
-    A sample's digit is the most frequent one of its ten nearest training images.
-    """
-    splits = [data.images.float() / 255 for data in (train_set, val_set, test_set)]
-    train_images, val_images, test_images = splits
-    samples = gan.sample_images(generator, torch.randn(n_samples, generator.latent_dim))
-    nearest, labels = nearest_neighbours(samples, train_images, train_set.labels)
-    nearest_test, _ = nearest_neighbours(test_images, train_images, train_set.labels)
-    shares = labels.mode(dim=1).values.bincount(minlength=10).double() / n_samples
-    test_shares = test_set.labels.bincount(minlength=10).double() / len(test_set.labels)
+def measure_gan(generator, options, folder):
+    """Measures the Parzen windows, and the test images by the yardstick of the samples."""
+    train, val, test = mnist(n_train=50_000, shift=False)
+    train_images, val_images, test_images = (numbers(x.images) / 255 for x in (train, val, test))
+    samples = gan_images(generator, SAMPLES)
     parzen, parzen_stderr, sigma = parzen_estimate(samples, val_images, test_images)
     # As many training images in the samples' place: what perfect samples would reach.
-    real = parzen_estimate(train_images[:n_samples], val_images, test_images)
-    return {
+    real = parzen_estimate(train_images[:SAMPLES], val_images, test_images)
+    voted, digits = yardstick(test_images)
+    shares = test.labels.bincount(minlength=10).double() / len(test.labels)
+    torch.manual_seed(options["seed"])  # the ends of the script's interpolation
+    ends, _ = gan.two_digits(generator, train)
+    _, (digit_from, digit_to) = yardstick(gan.generate(generator, ends))
+    return {f"test_{name}": value for name, value in voted.items()} | {
+        "vote_accuracy": (digits == test.labels).double().mean().item(),
+        "label_shares": shares.tolist(),
+        "digit_from": digit_from.item(), "digit_to": digit_to.item(),
         "parzen": parzen, "parzen_stderr": parzen_stderr, "parzen_sigma": sigma,
         "parzen_train": real[0], "parzen_train_stderr": real[1],
-        "digit_shares": shares.tolist(), "test_digit_shares": test_shares.tolist(),
-        "digit_entropy": -torch.xlogy(shares, shares).sum().item(),
-        "digits_present": (shares > 0).sum().item(),
-        # A mean would hide a few copies of training images; the smallest distances would not.
-        "nearest_sample": nearest.mean().item(), "nearest_test": nearest_test.mean().item(),
-        "nearest_sample_min": nearest.min().item(), "nearest_test_min": nearest_test.min().item(),
-        "eval_samples": n_samples,
-    }  # fmt: skip
-
-
-def measure_gan(generator, options, folder):
-    """Measures the samples; the discriminator, which is not kept, only counts as parameters."""
-    sizes = n_parameters(generator), n_parameters(gan.Discriminator())
-
-    def draw():
-        return gan.sample_images(generator, torch.randn(1000, generator.latent_dim))
-
-    return judge(generator, *mnist(n_train=50_000, shift=False), GAN_SAMPLES) | {
-        "generator_parameters": sizes[0], "discriminator_parameters": sizes[1],
-        "parameters": sum(sizes), "sample_ms": sample_ms(draw),
+        "generator_parameters": n_parameters(generator),
+        "discriminator_parameters": n_parameters(gan.Discriminator()),
     }  # fmt: skip
 
 
 # ------------------------------------ Flow ------------------------------------
+def flow_images(model, n):
+    """Draws `n` images, `[n, 784]` in [0, 1]."""
+    sizes = [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0)  # all at once take gigabytes
+    parts = tqdm(sizes, desc="samples", leave=False, disable=None)
+    return torch.cat([model.sample(size) for size in parts]) / 256
+
+
 def draws_of_bits(model, images, n_draws):
     """Returns bits/dim of images `[n, 784]`, `[n_draws, n]`, each with noise of its own."""
-    parts = tqdm(images.split(250), desc="bits", leave=False, disable=None)
-    draws = [torch.stack([model(x.float()) for _ in range(n_draws)]) for x in parts]
-    return nf.bits_per_dim(torch.cat(draws, dim=1))
+
+    def draw(x):
+        return torch.stack([nf.bits_per_dim(model(x)) for _ in range(n_draws)])
+
+    return in_parts(draw, images, 250, "bits")
 
 
 def tighter_bits(bits):
@@ -241,61 +334,125 @@ def tighter_bits(bits):
     return nf.bits_per_dim(log_px.logsumexp(dim=0) - math.log(len(bits)))
 
 
+def end_bits(model):
+    """Returns bits/dim at the end of the training: of training images as they are, and shifted.
+
+    And of the validation images, which are never shifted.
+    """
+    train, val, _ = mnist(shift=False)
+    images = train.images[:END_IMAGES]
+    shifted = ShiftedLoader(images, train.labels[:END_IMAGES], batch_size=len(images))
+    splits = {"end_train_bpd": images, "end_shifted_bpd": next(iter(shifted))[0],
+              "end_val_bpd": val.images}  # fmt: skip
+    return {name: draws_of_bits(model, x, 1).mean().item() for name, x in splits.items()}
+
+
+def pixel_bits(model, images):
+    """Returns the bits `[n, 784]` of each pixel of images `[n, 784]` under a mixture flow.
+
+    A pixel's bits are -log2 of its latent's prior and of the slopes of its own maps, the logit and
+    the couplings that change it. By the chain rule that is its density given the pixels that its
+    coupling reads, if only one changes it: so with all but the last grid's, whose 49 pixels have
+    such bits in their sum alone.
+    """
+    noisy = model.dequantize(images)
+    z, log_slopes = model.logit_normalize(noisy.view(-1, 1), noisy.new_zeros(noisy.numel()))
+    z, log_slopes = z.view_as(noisy), log_slopes.view_as(noisy)
+    for layer in model.flow.layers:
+        *mixture, a, _ = layer.predict(z)
+        _, log_slope = layer.logit_cdf(z[:, layer.changed], *mixture)
+        log_slopes = log_slopes.index_add(1, layer.changed, log_slope + a)
+        z, _ = layer(z, z.new_zeros(len(z)))
+    return -(nf.log_prior(z) + log_slopes) / math.log(2)
+
+
+def kinds_of_pixels(images):
+    """Returns masks of images `[n, 784]` of bytes by name; each pixel is in one of the four."""
+    strokes = F.max_pool2d(numbers(images > 0).view(-1, 1, 28, 28), 3, stride=1, padding=1)
+    near = strokes.flatten(1) > 0  # itself or one of the eight around it
+    return {"background": ~near, "beside": near & (images == 0),
+            "rim": (images > 0) & (images < INK), "ink": images >= INK}  # fmt: skip
+
+
+def where_the_bits_go(model, images):
+    """Returns the share of each kind of pixel, and its part of the bits/dim, by name."""
+    bits = in_parts(lambda x: pixel_bits(model, x).T, images, 250, "pixels").T
+    measures = {}
+    for kind, mask in kinds_of_pixels(images).items():
+        measures[f"{kind}_share"] = mask.double().mean().item()
+        measures[f"{kind}_bpd"] = (bits * mask).double().mean().item()
+    return measures
+
+
 def measure_flow(model, options, folder):
-    """Measures what the test images' bits/dim depend on: the images, and the noise on them."""
+    """Measures what a flow's bits/dim depend on: the images, the noise on them, their pixels."""
     images = mnist()[2].images
     (bits,) = draws_of_bits(model, images, 1)
-    draws = draws_of_bits(model, images[:FLOW_IMAGES], FLOW_DRAWS).double()
-    return {
-        "test_bpd_stderr": stderr(bits),
+    few = spread(images, FLOW_IMAGES)
+    draws = draws_of_bits(model, few, FLOW_DRAWS).double()
+    pixels = where_the_bits_go(model, few) if "n_mix" in options else {}
+    return end_bits(model) | pixels | {
+        "end_images": END_IMAGES, "test_bpd_stderr": stderr(bits),
         "test_bpd_iw": tighter_bits(draws).mean().item(),
         "test_bpd_iw_single": draws.mean().item(),  # of a single draw, averaged over all of them
         "iw_samples": FLOW_DRAWS, "iw_images": FLOW_IMAGES,
-        "parameters": n_parameters(model), "sample_ms": sample_ms(lambda: model.sample(1000)),
     }  # fmt: skip
 
 
 # ------------------------------------ All ------------------------------------
 def load(folder):
-    """Returns the trained model of a folder, the options of its run, and what measures it."""
+    """Returns a folder's trained model, its run's options, what draws images and what measures."""
     options = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["options"]
+    draw, measure = flow_images, measure_flow
     if "zdim" in options:
-        model, measure = vae.VAE(z_dim=options["zdim"]), measure_vae
+        model, draw, measure = vae.VAE(z_dim=options["zdim"]), vae_images, measure_vae
     elif "n_epochs" in options:
-        model, measure = gan.Generator(options["latent_dim"]), measure_gan
+        model, draw, measure = gan.Generator(options["latent_dim"]), gan_images, measure_gan
+    elif "n_mix" in options:
+        model = mixture_flow.mixture_model(options["n_mix"])
     else:
-        model, measure = nf.Model([nf.N_PIXELS], options["coupling"]), measure_flow
+        model = nf.Model([nf.N_PIXELS])
     weights = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(weights)
-    return model.eval(), options, measure
+    return model.eval(), options, draw, measure
+
+
+def all_measures(folder, model, options, draw, measure):
+    """Returns what measures.json has, by name: of which weights it is, and what they can do."""
+    torch.manual_seed(0)
+    measures = measure(model, options, folder)
+    judged, _ = yardstick(draw(model, SAMPLES))
+    return {
+        "weights_sha256": hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest(),
+        **measures, **judged, "samples": SAMPLES,
+        "parameters": n_parameters(model) + measures.get("discriminator_parameters", 0),
+        "sample_ms": sample_ms(lambda: draw(model, 1000)),
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def main(folders):
     for folder in folders:
         try:
-            model, options, measure = load(folder)
+            run = load(folder)
         except Exception as error:  # a damaged file fails in a dozen ways
             what = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-            vae.fail(f"{folder} has no weights.pt and summary.json that can be read: {what}")
-        torch.manual_seed(0)
-        measures = measure(model, options, folder)
-        text = json.dumps(measures, indent=2) + "\n"
-        vae.write(folder / "measures.json", text.encode())
+            runs.fail(f"{folder} has no weights.pt and summary.json that can be read: {what}")
+        text = json.dumps(all_measures(folder, *run), indent=2) + "\n"
+        runs.write(folder / "measures.json", text.encode())
         print(f"{folder}/measures.json\n{text}", end="", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = vae.fail
+    parser.error = runs.fail
     parser.add_argument("folders", nargs="+", type=Path, help="a run's results, as results/vae")
-    font = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}
     try:
-        with vae.plt.rc_context(font):  # the report's
+        with vae.plt.rc_context(runs.FONT):
             main(parser.parse_args().folders)
     except DataError as error:
-        vae.fail(error)
+        runs.fail(error)
     except OSError as error:
-        vae.fail(f"{error.filename}: {error.strerror}")
+        runs.fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        vae.fail("interrupted", 130)
+        runs.fail("interrupted", 130)

@@ -10,10 +10,9 @@ import scipy.integrate
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import MIXTURE, Results, jacobian, small, way_off, zeros
+from conftest import MIXTURE, Results, jacobian, train_plainly, way_off, zeros
 
 import a3_nf_template as nf
-from datasets.mnist import mnist
 from extension import mixture_flow
 from extension.mixture_flow import MixtureCoupling, nested_splits
 
@@ -244,8 +243,6 @@ def test_training_is_that_of_a_plain_loop(max_norm, rise, seed, float64, monkeyp
     options, replace = ("--n_mix", 3, "--seed", seed, "--lr", 0.1), [("/ 300", f"/ {rise}")]
     MIXTURE.run_well(*MIXTURE.options(tmp_path, 2, *options), replace=replace)
 
-    data = train, val, _ = mnist(batch_size=20)
-    small(data)
     monkeypatch.setattr(nf, "Coupling", functools.partial(nf.Coupling, n_hidden=8))
     narrow = functools.partial(mixture_flow.ConvNet, c_hidden=4)
     monkeypatch.setattr(mixture_flow, "ConvNet", narrow)
@@ -258,26 +255,15 @@ def test_training_is_that_of_a_plain_loop(max_norm, rise, seed, float64, monkeyp
     settings = {"weight_decay": 0, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
     optimizers = [torch.optim.AdamW([weights[name] for name in others], weight_decay=0),
                   torch.optim.Muon([weights[name] for name in hidden], **settings)]  # fmt: skip
-    for epoch in range(2):
-        torch.manual_seed(seed * 2 + epoch + 1)
-        bits = {"train_bpd": 0, "val_bpd": 0}
-        for step, (images, _) in enumerate(train, 3 * epoch):
-            cosine = (1 + math.cos(math.pi * step / 6)) / 2
-            loss = -plain_log_px(model, images, 3).mean() / (784 * math.log(2))
-            model.zero_grad()
-            loss.backward()
-            norm = sum(weight.grad.square().sum() for weight in weights.values()).sqrt()
-            for weight in weights.values():
-                weight.grad *= min(1, max_norm / (norm + 1e-6))  # as PyTorch does
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = 0.1 * min(1, (step + 1) / rise) * cosine
-                optimizer.step()
-            bits["train_bpd"] += loss.item() * len(images) / len(train.images)
-        for images, _ in val:
-            log_px = plain_log_px(model, images, 3).sum().item()
-            bits["val_bpd"] -= log_px / (784 * math.log(2) * len(val.images))
-        row = Results(tmp_path).metrics[epoch]
-        assert {name: float(row[name]) for name in bits} == pytest.approx(bits, rel=1e-9)
+
+    def rate(epoch, batch):
+        step = 3 * epoch + batch
+        return 0.1 * min(1, (step + 1) / rise) * (1 + math.cos(math.pi * step / 6)) / 2
+
+    log_px = functools.partial(plain_log_px, model, n_mix=3)
+    rows = train_plainly(log_px, list(weights.values()), optimizers, rate, seed, 2, max_norm)
+    for row, found in zip(rows, Results(tmp_path).metrics, strict=True):
+        assert {name: float(found[name]) for name in row} == pytest.approx(row, rel=1e-9)
     for names in (others, hidden):  # apart, since Muon's way is the shorter one
         parts = (start, weights, Results(tmp_path).weights)
         assert way_off(*([part[name] for name in names] for part in parts)) < 1e-9

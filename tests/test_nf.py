@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import NF, Results, jacobian, small, way_off, zeros
+from conftest import NF, Results, jacobian, train_plainly, way_off, zeros
 
 import a3_nf_template as nf
 import runs
@@ -260,31 +260,16 @@ def test_training_is_that_of_a_plain_loop(max_norm, seed, float64, monkeypatch, 
     replace = [("MAX_GRAD_NORM = 0.01", f"MAX_GRAD_NORM = {max_norm}")]
     NF.run_well(*NF.options(tmp_path, 3, "--seed", seed, "--lr", 0.004), replace=replace)
 
-    data = train, val, _ = mnist(batch_size=20)
-    small(data)
-    torch.manual_seed(seed)
     monkeypatch.setattr(nf, "Coupling", functools.partial(nf.Coupling, n_hidden=32))
+    torch.manual_seed(seed)
     model = nf.Model([784])
     weights = list(model.parameters())
     start = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.3)
-    for epoch, lr in enumerate((0.002, 0.003, 0.001)):
-        torch.manual_seed(seed * 3 + epoch + 1)
-        optimizer.param_groups[0]["lr"] = lr
-        bits = {"train_bpd": 0, "val_bpd": 0}
-        for images, _ in train:
-            loss = -plain_log_px(model, images).mean() / (784 * math.log(2))
-            optimizer.zero_grad()
-            loss.backward()
-            norm = sum(weight.grad.square().sum() for weight in weights).sqrt()
-            for weight in weights:
-                weight.grad *= min(1, max_norm / (norm + 1e-6))  # as PyTorch does
-            optimizer.step()
-            bits["train_bpd"] += loss.item() * len(images) / len(train.images)
-        for images, _ in val:
-            log_px = plain_log_px(model, images).sum().item()
-            bits["val_bpd"] -= log_px / (784 * math.log(2) * len(val.images))
-        row = Results(tmp_path).metrics[epoch]
-        assert {name: float(row[name]) for name in bits} == pytest.approx(bits, rel=1e-9)
+    optimizers = [torch.optim.AdamW(weights, weight_decay=0.3)]
+    log_px, rates = functools.partial(plain_log_px, model), (0.002, 0.003, 0.001)
+    rate = lambda epoch, _: rates[epoch]  # noqa: E731
+    rows = train_plainly(log_px, weights, optimizers, rate, seed, 3, max_norm)
+    for row, found in zip(rows, Results(tmp_path).metrics, strict=True):
+        assert {name: float(found[name]) for name in row} == pytest.approx(row, rel=1e-9)
     found = [Results(tmp_path).weights[name] for name, _ in model.named_parameters()]
     assert way_off(start, weights, found) < 1e-9
