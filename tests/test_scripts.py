@@ -411,7 +411,13 @@ def test_a_file_cut_off_leaves_the_last_one(name, number, error, finished, tmp_p
     assert_same_results(run, finished(VAE))
 
 
+def add_option(path):
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"options": state["options"] | {"more": 3}}, path)
+
+
 DAMAGES = {
+    "of more options": add_option,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "numbers": lambda path: torch.save({"options": 3, "parts": 4}, path),
     "another script's": lambda path: NF.run_well(*NF.options(path.parent, 1)),
