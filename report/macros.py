@@ -35,16 +35,18 @@ DECIMALS = {
     1: "train_elbo val_elbo test_elbo initial_elbo initial_kl first_train_elbo first_val_elbo gap "
     "test_reconstruction test_kl test_log_px few_log_px iw_bias prior_first prior_last "
     "prior_short parzen parzen_stderr parzen_train parzen_train_stderr elbo_ahead "
-    "share_min share_max share_difference share_outside vote_accuracy epoch_seconds "
+    "share_min share_max share_difference share_outside share_zeros share_ones "
+    "test_share_zeros test_share_ones prior_ahead rim_part vote_accuracy epoch_seconds "
     "training_minutes background_share beside_share ink_share rim_share rim_bits",
     2: "nearest test_nearest nearest_min test_nearest_min first_train_bpd value_max "
     "test_elbo_stderr test_reconstruction_stderr test_kl_stderr test_log_px_stderr variance_min "
     "variance_max background_bits beside_bits ink_bits",
     3: "train_bpd val_bpd test_bpd bpd_gap test_ahead test_bpd_stderr test_bpd_iw "
-    "test_bpd_iw_single iw_gain end_train_bpd end_shifted_bpd end_val_bpd end_gap shift_cost "
+    "test_bpd_iw_single iw_gain end_gap shift_cost bits_sum "
     "background_bpd beside_bpd ink_bpd rim_bpd network_gain mixture_gain "
-    "background_gain beside_gain rim_gain ink_gain value value_min "
-    "value_above d_real d_fake loss_g digit_entropy test_digit_entropy parzen_sigma",
+    "background_gain beside_gain rim_gain ink_gain "
+    "value_above d_real d_fake d_fake_min loss_g digit_entropy test_digit_entropy parzen_sigma",
+    4: "end_train_bpd end_shifted_bpd end_val_bpd value value_min",
 }
 PLACES = {name: places for places, names in DECIMALS.items() for name in names.split()}
 
@@ -65,7 +67,7 @@ def derived(numbers, history):
         "agreement": 100 * numbers["agreement"], "shares_row": shares_row(numbers["digit_shares"]),
         "share_min": 100 * min(numbers["digit_shares"]),
         "share_max": 100 * max(numbers["digit_shares"]),
-    }  # fmt: skip
+    } | some_shares("share", numbers["digit_shares"])  # fmt: skip
     if "val_elbo" in numbers:
         new |= of_vae(numbers, history)
     if "val_bpd" in numbers:
@@ -73,6 +75,11 @@ def derived(numbers, history):
     if "value" in numbers:
         new |= of_gan(numbers, history)
     return new
+
+
+def some_shares(name, shares):
+    """Returns the per cents of the digits that the text speaks of."""
+    return {f"{name}_zeros": 100 * shares[0], f"{name}_ones": 100 * shares[1]}
 
 
 def shares_row(shares):
@@ -92,6 +99,8 @@ def of_vae(numbers, history):
         "variance_max": max(numbers["aggregate_variance"]),
         "prior_first": prior[0], "prior_last": prior[-1],
         "prior_short": numbers["few_log_px"] - prior[-1],
+        # than as many draws as log p(x) is estimated with
+        "prior_ahead": prior[-1] - (numbers["few_log_px"] - numbers["iw_bias"]),
         "prior_first_tens": round(math.log10(draws[0])),
         "prior_last_tens": round(math.log10(draws[-1])),
     }  # fmt: skip
@@ -118,6 +127,9 @@ def of_flow(numbers, history):
             share = numbers[f"{kind}_share"]
             new[f"{kind}_share"] = 100 * share
             new[f"{kind}_bits"] = numbers[f"{kind}_bpd"] / share  # of a pixel of this kind
+    if "rim_bpd" in numbers:
+        new["bits_sum"] = sum(numbers[f"{kind}_bpd"] for kind in KINDS)
+        new["rim_part"] = 100 * numbers["rim_bpd"] / new["bits_sum"]
     return new
 
 
@@ -132,7 +144,8 @@ def of_gan(numbers, history):
         "test_shares_row": shares_row(numbers["test_digit_shares"]),
         "label_shares_row": shares_row(numbers["label_shares"]),
         "vote_accuracy": 100 * numbers["vote_accuracy"],
-    }  # fmt: skip
+        "d_fake_min": min(history["d_fake"]),
+    } | some_shares("test_share", numbers["test_digit_shares"])  # fmt: skip
 
 
 def coverage(column, test_column):
