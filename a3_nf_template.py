@@ -188,7 +188,7 @@ class Model(nn.Module):
     def sample(self, n_samples):
         """Draws images `[n_samples, 784]` in [0, 256]: latents from the prior, flow in reverse."""
         z = sample_prior((n_samples, *self.flow.z_shape))
-        return self.decode(z.to(next(self.parameters())))
+        return self.decode(z.to(next(self.parameters())))  # of their type, on their device
 
 
 # ------------------------------------ Loss and training ------------------------------------
@@ -319,8 +319,7 @@ def main():
     other = (test.labels != test.labels[0]).nonzero()[0].item()  # the first of another digit
     save_interpolation(model, test.images[[0, other]], ARGS.results_dir / "interpolation.pdf")
     save_bpd_plot(train_curve, val_curve, ARGS.results_dir / "bpd.pdf")
-    columns = {"epoch": range(1, ARGS.epochs + 1), "train_bpd": train_curve,
-               "val_bpd": val_curve, "seconds": seconds}  # fmt: skip
+    columns = {"train_bpd": train_curve, "val_bpd": val_curve, "seconds": seconds}
     final = {"train_bpd": train_curve[-1], "val_bpd": val_curve[-1], "test_bpd": test_bpd}
     final |= {"digit_from": test.labels[0].item(), "digit_to": test.labels[other].item()}
     runs.save_results(ARGS, model, columns, final)

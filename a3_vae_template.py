@@ -191,7 +191,7 @@ def save_manifold(model, filename, n_side=20):
     quantiles = scipy.stats.norm.ppf((np.arange(n_side) + 0.5) / n_side)
     z_1, z_2 = np.meshgrid(quantiles, quantiles[::-1])  # z_2 grows upwards, as on paper
     z = torch.from_numpy(np.stack([z_1.ravel(), z_2.ravel()], axis=1))
-    z = z.to(model.decoder.output.weight)
+    z = z.to(model.decoder.output.weight)  # of its type, on its device
     means = model.decoder(z).view(-1, 1, 28, 28)
     figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     grid = make_grid(means.cpu(), nrow=n_side, padding=0)[0]
@@ -261,8 +261,7 @@ def main():
     if ARGS.zdim == 2:
         save_manifold(model, ARGS.results_dir / "manifold.pdf")
     save_elbo_plot(train_curve, val_curve, ARGS.results_dir / "elbo.pdf")
-    columns = {"epoch": range(1, ARGS.epochs + 1), "train_elbo": train_curve,
-               "val_elbo": val_curve, "seconds": seconds}  # fmt: skip
+    columns = {"train_elbo": train_curve, "val_elbo": val_curve, "seconds": seconds}
     final = {"train_elbo": train_curve[-1], "val_elbo": val_curve[-1], "test_elbo": test_elbo}
     runs.save_results(ARGS, model, columns, final)
 

@@ -139,10 +139,11 @@ def load_checkpoint(args, parts):
 
 
 def save_results(args, model, columns, final):
-    """Writes weights.pt, a plain state_dict, metrics.csv with the columns, and summary.json."""
+    """Writes weights.pt, a plain state_dict, metrics.csv with a row an epoch, and summary.json."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     summary = {"options": shown(args), "device": device, "threads": torch.get_num_threads(),
                "torch": str(torch.__version__), "final": final}  # fmt: skip
+    columns = {"epoch": range(1, len(columns["seconds"]) + 1)} | columns
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     save_torch(args.results_dir / "weights.pt", model.state_dict())

@@ -254,8 +254,7 @@ def main():
     other = (test.labels != test.labels[0]).nonzero()[0].item()  # the first of another digit
     nf.save_interpolation(model, test.images[[0, other]], ARGS.results_dir / "interpolation.pdf")
     nf.save_bpd_plot(train_curve, val_curve, ARGS.results_dir / "bpd.pdf")
-    columns = {"epoch": range(1, ARGS.epochs + 1), "train_bpd": train_curve,
-               "val_bpd": val_curve, "seconds": seconds}  # fmt: skip
+    columns = {"train_bpd": train_curve, "val_bpd": val_curve, "seconds": seconds}
     final = {"train_bpd": train_curve[-1], "val_bpd": val_curve[-1], "test_bpd": test_bpd}
     final |= {"digit_from": test.labels[0].item(), "digit_to": test.labels[other].item()}
     runs.save_results(ARGS, model, columns, final)
