@@ -101,7 +101,10 @@ def save_pictures(figure, file, **_):
     """
     images = [image for axes in figure.axes for image in axes.get_images()]
     assert all((x.get_cmap().name, x.get_clim()) == ("gray_r", (0, 1)) for x in images)
-    np.savez(file, *(image.get_array() for image in images))
+    assert matplotlib.rcParams["font.family"] == ["STIXGeneral"]  # the report's
+    lines = {f"{line.get_label()} of {axes.get_ylabel()}": line.get_ydata()
+             for axes in figure.axes for line in axes.get_lines()}  # fmt: skip
+    np.savez(file, *(image.get_array() for image in images), **lines)
 
 
 def way_off(start, expected, found):
@@ -302,7 +305,12 @@ class Results:
     def pictures(self, name):
         """The pictures of a figure that `save_pictures` saved."""
         with np.load(self.folder / f"{name}.pdf") as archive:
-            return [archive[key] for key in archive.files]
+            return [archive[key] for key in archive.files if key.startswith("arr_")]
+
+    def lines(self, name):
+        """The lines of a figure that `save_pictures` saved, by label and axis."""
+        with np.load(self.folder / f"{name}.pdf") as archive:
+            return {key: archive[key].tolist() for key in archive.files}
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +358,8 @@ def finished(tmp_path_factory):
         folder = tmp_path_factory.mktemp(script.name) / "finished"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "save_figure", save_figure)  # whatever the test has in its place
+            save = runs.save_checkpoint
+            patch.setattr(runs, "save_checkpoint", lambda *args: (save(*args), print("saved")))
             return Results(folder, script.run_well(*script.options(folder)))
 
     def copy(script, folder):

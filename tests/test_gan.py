@@ -100,12 +100,14 @@ def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(monkeypatch)
     }  # fmt: skip
     assert list(half.get_ydata()) == [0.5, 0.5]
     assert all(axes.get_xlabel() == "epoch" for axes in (left, right))
+    assert left.get_ylabel() == "$V(D, G)$ (nats)"
+    assert right.get_ylabel() == "mean output of $D$"
 
 
 # ------------------------ The script ------------------------
 def plain_networks():
     """The two networks of the template, of which the script's are to have the initial weights."""
-    layers = [nn.Linear(100, 128), nn.LeakyReLU(0.2)]
+    layers = [nn.Linear(50, 128), nn.LeakyReLU(0.2)]
     for n_in, n_out in ((128, 256), (256, 512), (512, 1024)):
         layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
     generator = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh())
@@ -132,7 +134,7 @@ def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
     The half batch behind these is left out.
     """
     lr = 0.001
-    GAN.run_well(*GAN.options(tmp_path, 3, "--seed", seed, "--lr", lr))
+    GAN.run_well(*GAN.options(tmp_path, 3, "--seed", seed, "--lr", lr, "--latent_dim", 50))
 
     data = mnist(batch_size=20, n_train=50_000, shift=False, drop_last=True)
     small(data)
@@ -149,7 +151,7 @@ def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
             for adam in (adam_g, adam_d):
                 adam.param_groups[0]["lr"] = lr * min(1, 2 - 2 * epoch / 3)
                 adam.zero_grad()
-            fake = generator(torch.randn(20, 100))
+            fake = generator(torch.randn(20, 50))
             logits = discriminator(torch.cat([pixels / 127.5 - 1, fake.detach()]))[:, 0]
             loss_d = F.binary_cross_entropy_with_logits(logits[:20], of_real)
             loss_d = loss_d + F.binary_cross_entropy_with_logits(logits[20:], of_fake)

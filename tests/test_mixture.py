@@ -149,6 +149,7 @@ def test_flow_predicts_each_pixel_from_raw_and_coarser_ones():
     changed = [layer.changed for layer in flow.layers]
     assert torch.cat(changed[:-2]).sort()[0].tolist() == list(range(SIDE**2))
     assert all(map(torch.equal, changed[-2:], changed[-4:-2]))
+    assert changed[-1].tolist() == [0, 8, 52, 96, 104]  # the corners and the middle
     slopes = jacobian(flow, pixels(1))
     for i, earlier in enumerate(changed[:-4]):
         assert not slopes[torch.cat(changed[i + 1 :])][:, earlier].any()
@@ -157,7 +158,9 @@ def test_flow_predicts_each_pixel_from_raw_and_coarser_ones():
 @pytest.mark.parametrize("fast", [True, False])
 def test_training_alone_is_in_bfloat16_where_the_processor_has_it(fast, monkeypatch):
     """And there the likelihood stays float32."""
-    monkeypatch.setattr(mixture_flow, "has_bfloat16", lambda device: fast)
+    for name in ("avx512_bf16", "amx_bf16") if fast else ("avx512_f", "amx_int8"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert mixture_flow.has_bfloat16(torch.device("cpu")) == fast
     coupling, z = layer_of(SPLITS[0]).float(), pixels().float()
     expected, types = coupling(z, zeros(z)), []
     coupling.nn.last.register_forward_hook(lambda *args: types.append(args[-1].dtype))
@@ -171,7 +174,11 @@ def test_training_alone_is_in_bfloat16_where_the_processor_has_it(fast, monkeypa
 def test_starts_as_one_gentle_map_for_all_images(split):
     """With zero last weights nothing depends on the kept pixels, and no slope is extreme."""
     z = pixels(1)
-    slopes = jacobian(MixtureCoupling(*split).double(), z)
+    coupling = MixtureCoupling(*split).double()
+    means = torch.linspace(-6, 6, 16, dtype=torch.float64)[:, None]
+    assert (abs(coupling.common[16:32] - means) < 1e-6).all()
+    assert not coupling.common[32:].any()
+    slopes = jacobian(coupling, z)
     assert torch.equal(slopes, slopes.diag().diag())
     assert 0.1 < slopes.diag().min() <= slopes.diag().max() <= 1
 

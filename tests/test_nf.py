@@ -91,6 +91,7 @@ def test_coupling_is_undone_by_its_reverse(mask, dtype, tolerance):
         moved, ldj = coupling(z, zeros(z), reverse)
         assert torch.equal(moved, z)
         assert torch.equal(ldj, zeros(z))
+    assert not coupling.log_bound.any()  # the log-scales within [-1, 1]
     moved, ldj = assert_inverse(randomize(coupling), z, tolerance)
     assert torch.equal((moved != z).any(dim=0), mask[0] == 0)  # changes these pixels alone
     assert not mask.all() or torch.equal(ldj, zeros(z))
@@ -134,6 +135,8 @@ def test_logit_normalize_is_undone_by_its_reverse(model_of, images, dtype, toler
     z, ldj = model.logit_normalize(ends, zeros(ends))
     assert z.isfinite().all()
     assert ldj.isfinite().all()
+    far = model.to(dtype).decode(99 * (2 * nf.get_mask().to(dtype) - 1))
+    assert (far.min(), far.max()) == (0, 256)
 
 
 def test_logit_normalize_has_its_complete_log_determinant(model_of):
@@ -207,6 +210,10 @@ def test_bpd_plot_shows_both_curves_and_the_target(monkeypatch):
     low, high = axes.get_ylim()
     assert low < 1.7 < 2.3 < high < 2.5
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "bits per dimension")
+    nf.save_bpd_plot([1.9], [1.8], "bpd.pdf")  # all below the target
+    nf.plt.close(saved[1])
+    labels = [line.get_label() for line in saved[1].axes[0].get_lines()]
+    assert labels == ["training", "validation"]
 
 
 def test_interpolation_goes_on_an_arc_between_the_latents_of_the_two_images(

@@ -54,7 +54,7 @@ def assert_same_results(one, other):
     assert one.bytes["weights.pt"] == other.bytes["weights.pt"]
     assert one.summary["final"] == other.summary["final"]
     assert not list(one.folder.glob(".*"))
-    for path in other.folder.glob("samples_*.pdf"):
+    for path in other.folder.glob("*.pdf"):
         assert all(map(np.array_equal, one.pictures(path.stem), other.pictures(path.stem)))
 
 
@@ -114,8 +114,11 @@ def test_the_templates_own_code_may_call_them(script):
 
 # ------------------------ Command line ------------------------
 def test_help_lists_the_options(script):
-    shown = script.run_well("--help").out
-    assert all(f"--{name}" in shown for name in vars(script.arguments()))
+    """And their defaults."""
+    shown = " ".join(script.run_well("--help").out.split())
+    for name, default in vars(script.arguments()).items():
+        assert f"--{name} " in shown
+        assert name == "results_dir" or f"(default: {default})" in shown
 
 
 BAD_OPTIONS = [
@@ -166,7 +169,7 @@ def test_a_results_folder_that_cannot_be_written_is_one_line(script, below, tmp_
 
 
 FOLDERS = [  # what does not differ from the defaults has no part in the name
-    (VAE, "--epochs 40 --zdim 20 --binarization static --seed 0 --resume", "vae"),
+    (VAE, "--epochs 40 --zdim 20 --batch_size 64 --lr 3e-3 --seed 0 --resume", "vae"),
     (GAN, "--n_epochs 200 --batch_size 64 --lr 2e-4 --latent_dim 100 --save_interval 500", "gan"),
     (NF, "--epochs 40 --batch_size 128 --lr 1e-3 --seed 0", "nf"),
     (MIXTURE, "--epochs 40 --n_mix 16 --batch_size 64 --lr 8e-3", "nf_mixture"),
@@ -182,12 +185,17 @@ def test_results_folder_is_named_by_the_options(script, options, folder):
 
 
 def test_a_run_in_any_folder_leaves_whole_figures(monkeypatch, tmp_path):
-    """With no date in them. No standard error, as behind `2>&-`, and an output that lacks letters.
+    """With no date in them; without standard error, as behind `2>&-`, locks, and all letters.
 
     There is no terminal, so no progress bars, just lines.
     """
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
     with monkeypatch.context() as patch:
+        patch.setattr(runs.fcntl, "flock", flock)
         patch.chdir(tmp_path)
         patch.setattr(sys, "stderr", None)
         patch.setattr(sys, "stdout", out)
@@ -260,6 +268,10 @@ def test_scripts_train_on_all_images_of_the_split(script, tmp_path):
         small(made)
 
     script.run_well(*script.options(tmp_path, 1), loaders=loaders)
+    if script is VAE:
+        expected = bmnist(batch_size=20, binarization="dynamic")
+        options = script.options(tmp_path / "dynamic", 1, "--binarization", "dynamic")
+        script.run_well(*options, loaders=loaders)
 
 
 # ------------------------ Files ------------------------
@@ -276,9 +288,16 @@ def test_an_epoch_is_a_row_of_metrics_and_a_line(script, finished):
         shown = dict(re.findall(r"(\w+) ([-\d.e+]+)", line))
         for name in script.metrics:
             assert float(shown[name]) == pytest.approx(float(row[name]), rel=1e-3)
+    # What is printed is saved.
+    assert re.findall(r"^(saved|epoch)\b", run.end.out, re.MULTILINE) == 3 * ["saved", "epoch"]
+    if script is not GAN:
+        lines = run.lines(script.figures[0])
+        for label, name in zip(("training", "validation"), script.metrics, strict=True):
+            (curve,) = (lines[key] for key in lines if key.startswith(label))
+            assert curve == [float(row[name]) for row in run.metrics]
 
 
-def test_summary_has_what_it_takes_to_do_the_run_again(script, finished):
+def test_summary_has_what_it_takes_to_do_the_run_again(script, finished, tmp_path):
     text = (finished(script).folder / "summary.json").read_text()
     summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     options, final = summary["options"], summary["final"]
@@ -289,6 +308,19 @@ def test_summary_has_what_it_takes_to_do_the_run_again(script, finished):
     assert final.keys() == {*script.metrics, *script.final}
     for name in script.metrics:
         assert str(final[name]) == finished(script).metrics[-1][name]  # not rounded
+
+    run = finished.copy(script, tmp_path)  # with curves that end at their other end
+    checkpoint = run.checkpoint
+    history = checkpoint["history"]
+    for column in history.values() if script is GAN else history:
+        column.reverse()
+    checkpoint["threads"] = 2
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    script.run_well(*script.options(tmp_path), "--resume")
+    assert run.summary["threads"] == 2
+    for name in script.metrics:
+        assert str(run.summary["final"][name]) == run.metrics[-1][name]
+        assert run.metrics[-1][name] == finished(script).metrics[0][name]
 
 
 def first_model(script, names):
@@ -320,11 +352,11 @@ def test_samples_are_drawn_from_the_weights_of_their_epoch(script, finished, tmp
     if script is GAN:
         finished(GAN).end.names["Discriminator"]()  # draws its weights before the latents
         z = torch.randn(25, 100)
-    moments = {"before": 0, **({"first": 1} if script is VAE else {}), "halfway": 2, "after": 4}
+    moments = {"before": 0, **({"first": 1} if script is VAE else {}), "halfway": 3, "after": 5}
     shown = []
     for moment, epoch in moments.items():
         run = Results(tmp_path / moment)
-        script.run(*script.options(run.folder, 4), loaders=stop_in(epoch + 1))
+        script.run(*script.options(run.folder, 5), loaders=stop_in(epoch + 1))
         if epoch:
             parts = run.checkpoint["parts"]
             model.load_state_dict(parts["average" if script is GAN else "model"])
@@ -338,6 +370,22 @@ def test_samples_are_drawn_from_the_weights_of_their_epoch(script, finished, tmp
         shown.append(pictures[-1])
     for one, other in itertools.combinations(shown, 2):
         assert abs(one - other).max() > 1e-5
+
+
+@pytest.mark.parametrize("script", [NF, MIXTURE], ids=str)
+def test_interpolation_is_between_the_first_test_images_of_two_digits(script, finished):
+    """Decoded as they were encoded, with the noise of dequantization."""
+    data, final = mnist(batch_size=20), finished(script).summary["final"]
+    small(data)
+    labels = data[2].labels.tolist()
+    other = next(i for i, label in enumerate(labels) if label != labels[0])
+    assert (final["digit_from"], final["digit_to"]) == (labels[0], labels[other])
+    (picture,) = finished(script).pictures("interpolation")
+    for i, row in ((0, 0), (8, other)):
+        image = data[2].images[row].view(28, 28).numpy()
+        noise = 256 * picture[1:29, 29 * i + 1 : 29 * i + 29] - image
+        assert noise.min() > -0.1
+        assert noise.max() < 1.1
 
 
 # ------------------------ Ctrl-C and --resume ------------------------
@@ -461,6 +509,7 @@ def test_a_weight_that_is_not_finite_does_not_reach_the_disk(script, number, tmp
     check_finite = runs.check_finite
 
     def spoil(epoch, losses, *networks):
+        assert len(losses) == len(script.metrics)
         if epoch == 2:
             list(networks[number].parameters())[-1].data[0] = torch.inf
         check_finite(epoch, losses, *networks)
@@ -471,3 +520,6 @@ def test_a_weight_that_is_not_finite_does_not_reach_the_disk(script, number, tmp
     history = Results(tmp_path).checkpoint["history"]
     assert len(history["epoch"] if script is GAN else history[0]) == 1
     assert not (tmp_path / "samples_halfway.pdf").exists()
+    for losses in ((torch.nan, 1.0), (1.0, -torch.inf)):
+        with pytest.raises(FloatingPointError, match="epoch 7"):
+            check_finite(7, losses)

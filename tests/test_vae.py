@@ -99,6 +99,7 @@ def test_manifold_is_a_20_by_20_grid_even_in_the_priors_probability(saved):
     np.testing.assert_allclose(z[..., 1].flip(0), z_2, rtol=1e-5)  # upwards
     (axes,) = saved[0].axes
     (picture,) = axes.get_images()
+    assert (picture.get_cmap().name, picture.get_clim()) == ("gray_r", (0, 1))
     with torch.no_grad():
         means = model.decoder(z.view(400, 2)).view(20, 20, 28, 28)
     tiles = np.asarray(picture.get_array()).reshape(20, 28, 20, 28).transpose(0, 2, 1, 3)
