@@ -257,7 +257,7 @@ class Process(subprocess.Popen):
 
 SMALL = ("--batch_size", 20, "--device", "cpu")
 SAMPLES = ("samples_before", "samples_halfway", "samples_after")
-FLOW = ("--epochs", SMALL, ("train_bpd", "val_bpd"), ("test_bpd", "digit_from", "digit_to"),
+FLOW = (("train_bpd", "val_bpd"), ("test_bpd", "digit_from", "digit_to"),
         ("bpd", "interpolation", *SAMPLES))  # fmt: skip
 VAE = Script(
     "vae", "a3_vae_template.py", "--epochs", SMALL, ("train_elbo", "val_elbo"), ("test_elbo",),
@@ -267,8 +267,13 @@ GAN = Script(
     "gan", "a3_gan_template.py", "--n_epochs", SMALL, ("value", "loss_g", "d_real", "d_fake"),
     ("epoch", "digit_from", "digit_to"), ("training", "interpolation", *SAMPLES),
 )  # fmt: skip
-NF = Script("nf", "a3_nf_template.py", *FLOW, (("n_hidden=1024", "n_hidden=32"),))
-MIXTURE = Script("mixture", "extension/mixture_flow.py", *FLOW, (("c_hidden=64", "c_hidden=4"),))
+NF = Script(
+    "nf", "a3_nf_template.py", "--epochs", SMALL, *FLOW, (("n_hidden=1024", "n_hidden=32"),)
+)
+MIXTURE = Script(
+    "mixture", "extension/mixture_flow.py", "--epochs", (*SMALL, "--n_mix", 2), *FLOW,
+    (("c_hidden=64", "c_hidden=4"),),
+)  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -328,7 +328,9 @@ def first_model(script, names):
     torch.manual_seed(0)
     if script is NF:
         return names["Model"]([784]).eval()
-    return names[{VAE: "VAE", GAN: "Generator", MIXTURE: "mixture_model"}[script]]().eval()
+    if script is MIXTURE:
+        return names["mixture_model"](2).eval()
+    return names["VAE" if script is VAE else "Generator"]().eval()
 
 
 @pytest.mark.parametrize("script", [VAE, NF, MIXTURE], ids=str)
