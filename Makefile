@@ -9,7 +9,7 @@ developed := .venv/.developed
 .DEFAULT_GOAL := tour
 
 tour: $(installed)  ## train all three briefly, into results/tour (the default)
-	@echo "The tour trains all three briefly, which takes about four minutes on two cores."
+	@echo "The tour trains all three briefly, which takes about five minutes on two cores."
 	$(python) a3_vae_template.py --epochs 10 --results_dir results/tour/vae
 	$(python) a3_nf_template.py --epochs 2 --results_dir results/tour/nf
 	$(python) a3_gan_template.py --n_epochs 10 --results_dir results/tour/gan
