@@ -238,25 +238,26 @@ def load(folder, script):
         sys.exit(f"report: {folder / name} is damaged ({what}); python {script} makes it anew")
 
 
+def present(results):
+    """Returns the runs that are to be reported: all but what is missing of the extension."""
+    extra = takewhile(lambda run: (results / run / "summary.json").is_file(), EXTENSION)
+    return [run for run in RUNS if run not in EXTENSION] + list(extra)
+
+
 def main(results, author):
     check_author(author)
     lines = [rf"\newcommand{{\results}}{{{results}}}"]
     if author:
         lines.append(rf"\newcommand{{\reportauthor}}{{{escape(author)}}}")
-    extra = list(takewhile(lambda run: (results / run / "summary.json").is_file(), EXTENSION))
-    runs = {
-        run: load(results / run, script)
-        for run, (_, script) in RUNS.items()
-        if run in extra or run not in EXTENSION
-    }
-    if extra == EXTENSION:
+    runs = {run: load(results / run, RUNS[run][1]) for run in present(results)}
+    if "nf_mixture_n_mix1" in runs:
         runs["nf_mixture"] |= steps(runs)
     for run, numbers in runs.items():
         numbers |= coverage(numbers["digit_shares"], runs["gan"]["test_digit_shares"])
         lines += macros(RUNS[run][0], numbers)
     # \mixture{...} is there only with the extension, \ablation{...} only with both of its runs
-    lines.append(r"\newcommand{\mixture}[1]{%s}" % ("#1" * (len(extra) > 0)))
-    lines.append(r"\newcommand{\ablation}[1]{%s}" % ("#1" * (len(extra) > 1)))
+    lines.append(r"\newcommand{\mixture}[1]{%s}" % ("#1" * ("nf_mixture" in runs)))
+    lines.append(r"\newcommand{\ablation}[1]{%s}" % ("#1" * ("nf_mixture_n_mix1" in runs)))
     lines.append(rf"\newcommand{{\tooshort}}{{{too_short(runs)}}}")
     Path("numbers.tex").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

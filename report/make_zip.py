@@ -6,7 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from macros import EXTENSION, RUNS
+from macros import present
 
 ROOT = Path(__file__).resolve().parent.parent
 # Named here and not asked of git: so it is the same in a clone, in a folder without git, and in
@@ -18,12 +18,7 @@ FILES = [
     "report/Makefile", "report/*.py", "report/dgm_report.sty", "report/page.png",
     "report/references.bib", "report/report.pdf", "report/report.tex", "tests/*.py", "tests/*.txt",
 ]  # fmt: skip
-# The runs of the extension may be missing, as they may in the report.
-runs = [
-    run
-    for run in RUNS
-    if run not in EXTENSION or (ROOT / "results" / run / "summary.json").is_file()
-]
+runs = present(ROOT / "results")
 FILES += [f"results/{run}/*.{kind}" for run in runs for kind in ("csv", "json", "pdf", "png")]
 FILES += [f"results/{run}/weights.pt" for run in runs if run != "nf"]  # 72 MB, not in git either
 
