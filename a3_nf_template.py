@@ -233,17 +233,18 @@ def run_epoch(model, data, optimizer):
 
 # ------------------------------------ Figures ------------------------------------
 def save_bpd_plot(train_curve, val_curve, filename):
-    """Plots bits/dim of training and validation against the epoch (Question 3.8)."""
+    """Plots bits/dim of training and validation by epoch (Question 3.8); dashed: TARGET."""
     figure, axes = plt.subplots(figsize=(2.7, 2), layout="constrained")
     epochs = range(1, len(train_curve) + 1)
     for label, curve in (("training", train_curve), ("validation", val_curve)):
         axes.plot(epochs, curve, label=label, marker=".", ms=2)
     if val_curve[0] > TARGET:
-        axes.axhline(TARGET, color="0.5", ls="--", label=f"{TARGET} bits/dim")
+        axes.axhline(TARGET, color="0.5", ls="--")
     # Single training values far above would squeeze the rest into a line.
     axes.set_ylim(top=max(*val_curve, train_curve[-1]) + 0.02)
     axes.set(xlabel="epoch", ylabel="bits per dimension")
-    axes.legend(framealpha=1, edgecolor="none")  # in front of the dashed line
+    axes.yaxis.set_major_formatter("{x:.2f}")  # so that plots beside each other are of one width
+    axes.legend(frameon=False)
     runs.save_figure(figure, filename)
 
 

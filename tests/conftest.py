@@ -51,47 +51,33 @@ def small(loaders, n_batches=2.5, epoch=0, batch=2, act=None):
     """Keep few images, and let `act` change a training batch, given by epoch and number from 1.
 
     Of the training images `n_batches`, of the others more: no split has as many as another one.
+    Batches have numbers of PyTorch's default type.
     """
     for loader, more in zip(loaders, (0, 1.2, 2.3), strict=False):
         n = int((n_batches + more) * loader.batch_size)
         loader.images, loader.labels = loader.images[:n], loader.labels[:n]
-        watch(loader, epoch if loader is loaders[0] else 0, batch, act)
+        kind, epochs = type(loader), itertools.count(1)
+
+        def iterate(self, kind=kind, epochs=epochs, acting=loader is loaders[0]):
+            this_epoch = next(epochs)
+            for number, item in enumerate(kind.__iter__(self), 1):
+                item = pytree.tree_map_only(torch.FloatTensor, as_default, item)
+                yield act(item) if acting and (this_epoch, number) == (epoch, batch) else item
+
+        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
 
 
-def watch(loader, epoch, batch, act):
-    """Let the loader yield numbers of PyTorch's default type, and `act` change that batch."""
-    kind, epochs = type(loader), itertools.count(1)
-
-    def typed(x):
-        return x.to(torch.get_default_dtype()) if x.is_floating_point() else x
-
-    def iterate(self):
-        this_epoch = next(epochs)
-        for number, item in enumerate(kind.__iter__(self), 1):
-            item = pytree.tree_map(typed, item)
-            yield act(item) if (this_epoch, number) == (epoch, batch) else item
-
-    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
-
-
-def stop_in(epoch):
-    """Make the loaders small, and press Ctrl-C in the middle of that epoch."""
-    return functools.partial(small, epoch=epoch, act=interrupt)
+def as_default(x):
+    return x.to(torch.get_default_dtype())
 
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def sleep(batch):
-    print("sleeping", flush=True)
-    time.sleep(100)
-    return batch
-
-
-def poison(batch):
-    """Return the batch with images that are not a number."""
-    return (batch[0] * torch.nan, batch[1]) if isinstance(batch, tuple) else batch * torch.nan
+def stop_in(epoch):
+    """Make the loaders small, and press Ctrl-C in the middle of that epoch."""
+    return functools.partial(small, epoch=epoch, act=interrupt)
 
 
 def save_pictures(figure, file, **_):
@@ -117,14 +103,19 @@ def way_off(start, expected, found):
 def train_plainly(log_px, weights, optimizers, rate, seed, n_epochs, max_norm):
     """Train the weights of a flow on `log_px(images)` by the plainest loop.
 
-    `rate` is a function of epoch and batch, from 0. Return each epoch's bits/dim by name.
+    `rate` is a function of epoch and batch, from 0. Return what Results.numbers is to be.
     """
-    data = train, val, _ = mnist_module.mnist(batch_size=20)
+    data = train, val, test = mnist_module.mnist(batch_size=20)
     small(data)
-    rows, unit = [], 784 * math.log(2)
+    numbers, unit = [], 784 * math.log(2)
+
+    def bits(loader):
+        sums = [log_px(images).sum().item() for images, _ in loader]
+        return -sum(sums) / unit / len(loader.images)
+
     for epoch in range(n_epochs):
         torch.manual_seed(seed * n_epochs + epoch + 1)
-        rows.append({"train_bpd": 0, "val_bpd": 0})
+        train_bpd = 0
         for batch, (images, _) in enumerate(train):
             for weight in weights:
                 weight.grad = None
@@ -136,10 +127,10 @@ def train_plainly(log_px, weights, optimizers, rate, seed, n_epochs, max_norm):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = rate(epoch, batch)
                 optimizer.step()
-            rows[-1]["train_bpd"] += loss.item() * len(images) / len(train.images)
-        for images, _ in val:
-            rows[-1]["val_bpd"] -= log_px(images).sum().item() / unit / len(val.images)
-    return rows
+            train_bpd += loss.item() * len(images) / len(train.images)
+        numbers += [train_bpd, bits(val)]
+    torch.manual_seed(seed)
+    return [*numbers, bits(test)]
 
 
 def zeros(z):
@@ -238,23 +229,6 @@ class Script:
         return self.run_well(*options, replace=replace).names["ARGS"]
 
 
-class Process(subprocess.Popen):
-    """A process of Python, with its output as text; it is ended with the test that started it."""
-
-    started = []  # noqa: RUF012, of all processes
-
-    def __init__(self, file, *arguments, **kwargs):
-        command = [str(word) for word in (sys.executable, file, *arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        super().__init__(command, text=True, **pipes, **kwargs)
-        self.started.append(self)
-
-    def end(self):
-        """Wait for it; return its status, out and err."""
-        out, err = self.communicate(timeout=120)
-        return SimpleNamespace(status=self.returncode, out=out, err=err)
-
-
 SMALL = ("--batch_size", 20, "--device", "cpu")
 SAMPLES = ("samples_before", "samples_halfway", "samples_after")
 FLOW = (("train_bpd", "val_bpd"), ("test_bpd", "digit_from", "digit_to"),
@@ -298,6 +272,13 @@ class Results:
         return [{key: row[key] for key in row if key != "seconds"} for row in rows]
 
     @property
+    def numbers(self):
+        """The metrics, epoch by epoch, and the number of the test images, if there is one."""
+        final = self.summary["final"].items()
+        test = [number for name, number in final if name.startswith("test_")]
+        return [float(x) for row in self.metrics for x in list(row.values())[1:]] + test
+
+    @property
     def summary(self):
         return json.loads((self.folder / "summary.json").read_text())
 
@@ -306,6 +287,11 @@ class Results:
         """Every file but the figures, as it is on the disk."""
         files = [path for path in self.folder.rglob("*.*") if path.suffix not in (".pdf", ".png")]
         return {path.name: path.read_bytes() for path in files}
+
+    def copy(self, folder):
+        """Copy all into a folder, and return these results."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Results(folder)
 
     def pictures(self, name):
         """The pictures of a figure that `save_pictures` saved."""
@@ -320,13 +306,25 @@ class Results:
 
 @pytest.fixture(autouse=True)
 def alone():
-    """Draw the same numbers in any order of the tests, and leave nothing running."""
+    """Draw the same numbers in any order of the tests."""
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
-    while Process.started:
-        with Process.started.pop() as process:
-            process.kill()
+
+
+@pytest.fixture
+def start():
+    """`start(file, *arguments)` is a process of Python that ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*words):
+            command, pipe = [sys.executable, *map(str, words)], subprocess.PIPE
+            process = subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture
@@ -355,7 +353,7 @@ def script(request):
 def finished(tmp_path_factory):
     """`finished(script)` are the results of a small uninterrupted run of 3 epochs.
 
-    Made once, so not to be written to; `finished.copy(script, folder)` is for changes.
+    Made once, so not to be written to, but in a copy.
     """
 
     @functools.cache
@@ -367,30 +365,18 @@ def finished(tmp_path_factory):
             patch.setattr(runs, "save_checkpoint", lambda *args: (save(*args), print("saved")))
             return Results(folder, script.run_well(*script.options(folder)))
 
-    def copy(script, folder):
-        shutil.copytree(run(script).folder, folder, dirs_exist_ok=True)
-        return Results(folder)
-
-    run.copy = copy
     return run
 
 
 @pytest.fixture(scope="session")
 def one_dimensional():
-    """A briefly trained VAE with a 1-d latent, and of an image what quadrature over it gives.
+    """A VAE with a 1-d latent, and of an image what quadrature over it gives.
 
     These are both terms of the negative ELBO, and log p(x).
     """
     torch.manual_seed(1)
-    images = bmnist_module.bmnist()[2].images[:300].float()
-    model = VAE.module.VAE(hidden_dim=20, z_dim=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(images).backward()
-        optimizer.step()
-    model.requires_grad_(False)
-    x, z = images[0], np.linspace(-8, 8, 4001)
+    model = VAE.module.VAE(hidden_dim=20, z_dim=1).requires_grad_(False)
+    x, z = bmnist_module.bmnist()[2].images[0].float(), np.linspace(-8, 8, 4001)
     logits = model.decoder.logits(torch.from_numpy(z).float()[:, None]).double().numpy()
     log_likelihood = scipy.special.log_expit((2 * x.numpy() - 1) * logits).sum(axis=1)
     q = scipy.stats.norm(*(number.item() for number in model.encoder(x[None])))
@@ -404,6 +390,12 @@ def one_dimensional():
 
 
 if __name__ == "__main__":
+
+    def sleep(batch):
+        print("sleeping", flush=True)
+        time.sleep(100)
+        return batch
+
     Figure.savefig = save_pictures
     napping = functools.partial(small, epoch=int(sys.argv[1]), act=sleep)
     VAE.execute(*sys.argv[2:], loaders=napping)

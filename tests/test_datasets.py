@@ -166,11 +166,13 @@ def test_epochs_are_drawn_from_pytorchs_generator(make, options):
     assert not torch.equal(first, second)
 
 
-def test_impossible_sizes():
+def test_impossible_options():
     for n_train in (0, 50_001):
         assert str(n_train) in error_of(mnist, n_train=n_train)
     for make in (mnist, bmnist):
         assert "batch size 0 " in error_of(make, batch_size=0)
+    message = error_of(bmnist, binarization="grey")
+    assert all(word in message for word in ("'grey'", "static", "dynamic"))
     images, labels = torch.zeros(5, 784, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
     assert [len(x) for x, _ in Loader(images, labels, 6)] == [5]
     assert "batch size 6" in error_of(Loader, images, labels, 6, drop_last=True)
@@ -235,8 +237,3 @@ def test_dynamic(static):
         assert_drawn_from(binary.numpy(), grey[rows].numpy())
     for loader, fixed in [(val, static[1]), (test, static[2])]:
         assert torch.equal(epoch(loader), epoch(fixed))
-
-
-def test_another_binarization():
-    message = error_of(bmnist, binarization="grey")
-    assert all(word in message for word in ("'grey'", "static", "dynamic"))

@@ -12,7 +12,6 @@ from conftest import GAN, Results, small, stop_in, way_off
 from torch import nn
 
 import a3_gan_template as gan
-import runs
 from datasets.mnist import mnist
 
 
@@ -44,11 +43,9 @@ def test_losses_and_gradients_are_finite_at_logits_of_50(sign):
 
 # ------------------------ Networks ------------------------
 def test_discriminator_gives_the_probability_of_its_logit():
-    discriminator = gan.Discriminator().eval()
-    images = 2 * torch.rand(30, 784) - 1
-    d, logits = discriminator(images), discriminator.logits(images)
-    assert d.shape == logits.shape == (30,)
-    np.testing.assert_allclose(d.detach(), scipy.special.expit(logits.detach().numpy()), rtol=1e-5)
+    discriminator, images = gan.Discriminator().eval(), 2 * torch.rand(30, 784) - 1
+    expected = scipy.special.expit(discriminator.logits(images).detach().numpy())
+    np.testing.assert_allclose(discriminator(images).detach(), expected, rtol=1e-5)
     assert discriminator(images[:1]).shape == (1,)
 
 
@@ -81,27 +78,16 @@ def test_two_digits_are_those_of_the_nearest_training_images():
     assert (z.shape, digits) == ((2, 100), [7, 7])
 
 
-def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(monkeypatch):
-    """Without the first of 20 epochs."""
-    saved, epochs = [], list(range(1, 21))
-    monkeypatch.setattr(runs, "save_figure", lambda figure, _: saved.append(figure))
-    history = {"epoch": epochs, "value": [-n for n in epochs], "d_real": [n / 9 for n in epochs],
-               "d_fake": [n / 99 for n in epochs], "loss_g": epochs, "seconds": epochs}  # fmt: skip
-    gan.save_training_plot(history, "training.pdf")
-    left, right = saved[0].axes
-    gan.plt.close(saved[0])
-    value, equilibrium = left.get_lines()
-    assert list(value.get_xdata()) == epochs[1:]
-    assert list(value.get_ydata()) == history["value"][1:]
-    assert list(equilibrium.get_ydata()) == pytest.approx([-math.log(4)] * 2)
-    *outputs, half = right.get_lines()
-    assert {line.get_label(): list(line.get_ydata()) for line in outputs} == {
-        r"$D(\mathbf{x})$": history["d_real"][1:], r"$D(G(\mathbf{z}))$": history["d_fake"][1:],
-    }  # fmt: skip
-    assert list(half.get_ydata()) == [0.5, 0.5]
-    assert all(axes.get_xlabel() == "epoch" for axes in (left, right))
-    assert left.get_ylabel() == "$V(D, G)$ (nats)"
-    assert right.get_ylabel() == "mean output of $D$"
+def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(finished):
+    run = finished(GAN)
+    value, _, d_real, d_fake = ([float(row[name]) for row in run.metrics] for name in GAN.metrics)
+    assert run.lines("training") == {
+        "_child0 of $V(D, G)$ (nats)": value,
+        "_child1 of $V(D, G)$ (nats)": [-math.log(4), -math.log(4)],
+        r"$D(\mathbf{x})$ of mean output of $D$": d_real,
+        r"$D(G(\mathbf{z}))$ of mean output of $D$": d_fake,
+        "_child2 of mean output of $D$": [0.5, 0.5],
+    }
 
 
 # ------------------------ The script ------------------------
@@ -143,10 +129,10 @@ def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
     start_g, start_d = kept(generator), kept(discriminator)
     average = start_g
     adam_g, adam_d = (torch.optim.Adam(x.parameters(), betas=(0.5, 0.999)) for x in networks)
-    of_real, of_fake = torch.ones(20), torch.zeros(20)
+    of_real, of_fake, numbers = torch.ones(20), torch.zeros(20), []
     for epoch in range(3):
         torch.manual_seed(seed * 3 + epoch + 1)
-        metrics = {name: [] for name in GAN.metrics}
+        metrics = []
         for step, (pixels, _) in enumerate(data[0], 2 * epoch):
             for adam in (adam_g, adam_d):
                 adam.param_groups[0]["lr"] = lr * min(1, 2 - 2 * epoch / 3)
@@ -163,23 +149,14 @@ def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
             pairs = zip(average, kept(generator), strict=True)
             average = [x + (y - x) * 5 / (5 + step) for x, y in pairs]
             d = torch.sigmoid(logits.detach())
-            numbers = (-loss_d.item(), loss_g.item(), *d.view(2, 20).mean(1))
-            for name, value in zip(GAN.metrics, numbers, strict=True):
-                metrics[name].append(float(value))
-        row = Results(tmp_path).metrics[epoch]
-        for name, values in metrics.items():
-            assert float(row[name]) == pytest.approx(np.mean(values), rel=1e-9), name
+            metrics.append([-loss_d.item(), loss_g.item(), *d.view(2, 20).mean(1).tolist()])
+        numbers += np.mean(metrics, axis=0).tolist()
+    assert Results(tmp_path).numbers == pytest.approx(numbers, rel=1e-9)
 
     parts, found = Results(tmp_path).checkpoint["parts"], Results(tmp_path).weights
     assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-9
     assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-9
     assert way_off(start_g, average, kept(found)) < 1e-9
-
-
-def tile(picture, i, n_columns=5, padding=1):
-    """The image `i` of a grid."""
-    row, column = (n * (28 + padding) + padding for n in divmod(i, n_columns))
-    return picture[row : row + 28, column : column + 28]
 
 
 def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path):
@@ -193,18 +170,15 @@ def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path
     names = ["000003.png", "000006.png", "mine.png"]
     assert sorted(path.name for path in progress.glob("*.png")) == names
     assert (progress / "mine.png").read_text() == "mine"
-    (grid,), (after,) = (
-        Results(progress).pictures("000006"),
-        Results(tmp_path).pictures("samples_after"),
-    )
-    assert np.array_equal(grid, after)
+    grids = Results(tmp_path).pictures
+    assert np.array_equal(grids("progress/000006"), grids("samples_after"))
 
 
 def test_interpolation_goes_from_one_digit_of_the_summary_to_the_other(finished):
     """Each end's digit is that of its nearest training image."""
     (picture,) = finished(GAN).pictures("interpolation")
-    assert picture.shape == (30, 9 * 29 + 1)
-    ends = torch.tensor(np.stack([tile(picture, i, n_columns=9) for i in (0, 8)])).flatten(1)
+    tiles = torch.tensor(picture[1:29, 1:]).view(28, 9, 29)[..., :28]
+    ends = tiles[:, [0, 8]].transpose(0, 1).flatten(1)
     train = mnist(n_train=50_000, shift=False)[0]
     nearest = torch.cdist(ends, train.images[:50].float() / 255).argmin(dim=1)
     final = finished(GAN).summary["final"]

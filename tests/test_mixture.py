@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-import scipy.integrate
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -44,11 +43,6 @@ def coupling(request):
     return layer_of(request.param)
 
 
-@pytest.fixture(params=[*SPLITS, "flow"], ids=[*NAMES, "flow"])
-def layer(request):
-    return layer_of(request.param)
-
-
 def pixels(n=3):
     """Like logits of pixels: most of them black."""
     return 4 * torch.randn(n, SIDE**2, dtype=torch.float64) - 4
@@ -60,14 +54,16 @@ def random_mixture(n_mix=5, n=1):
     return MixtureCoupling(*SPLITS[-1]), (log_pi.log_softmax(1), 4 * mean, log_scale)
 
 
-@torch.no_grad()
-def test_inverse(layer):
-    z = pixels()
+@pytest.mark.parametrize("split", [*SPLITS, "flow"], ids=[*NAMES, "flow"])
+def test_inverse_and_log_determinant(split):
+    layer, z = layer_of(split).requires_grad_(False), pixels()
     there, ldj = layer(z, zeros(z))
     back, rest = layer(there, ldj, reverse=True)
     assert not torch.allclose(there, z, atol=0.1)
     torch.testing.assert_close(back, z, rtol=0, atol=1e-9)
     torch.testing.assert_close(rest, zeros(z), rtol=0, atol=1e-7)
+    expected = torch.linalg.slogdet(jacobian(layer, z[:1]))[1].item()
+    assert ldj[0].item() == pytest.approx(expected, abs=1e-8)
 
 
 @torch.no_grad()
@@ -82,12 +78,6 @@ def test_inverse_in_float32_loses_digits_only_where_the_map_is_flat(coupling):
     assert (error / (1 + v.abs() + z[:, coupling.changed].abs())).max() < 1e-5
 
 
-def test_log_determinant(layer):
-    z = pixels(1)
-    expected = torch.linalg.slogdet(jacobian(layer, z))[1].item()
-    assert layer(z, zeros(z))[1].item() == pytest.approx(expected, abs=1e-8)
-
-
 @pytest.mark.parametrize("n_mix", [1, 5])
 def test_distribution_is_that_of_scipy(n_mix):
     coupling, (log_pi, mean, log_scale) = random_mixture(n_mix)
@@ -99,25 +89,6 @@ def test_distribution_is_that_of_scipy(n_mix):
     c, not_c, density = (function(x.numpy()) @ weights for function in functions)
     np.testing.assert_allclose(v[:, 0], np.log(c / not_c), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(log_slope[:, 0], np.log(density / c / not_c), rtol=1e-9, atol=1e-9)
-
-
-def test_density_integrates_to_one():
-    coupling, mixture = random_mixture()
-
-    def density(x):
-        v, log_slope = coupling.logit_cdf(torch.tensor([[x]], dtype=torch.float64), *mixture)
-        return (nf.log_prior(2 * v - 0.3) + log_slope).exp().item() * 2
-
-    points = mixture[1].flatten().tolist()
-    assert scipy.integrate.quad(density, -60, 60, points=points, limit=500)[0] == pytest.approx(1)
-
-
-def test_bracket_holds():
-    """Else bisection would end at one end of it."""
-    coupling, mixture = random_mixture(n=200)
-    v = torch.linspace(-40, 40, 200, dtype=torch.float64)[None]
-    x = coupling.solve(v, *mixture)
-    torch.testing.assert_close(coupling.logit_cdf(x, *mixture)[0], v, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -168,19 +139,6 @@ def test_training_alone_is_in_bfloat16_where_the_processor_has_it(fast, monkeypa
     assert types == [torch.bfloat16 if fast else torch.float32, torch.float32]
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.5)  # and of the same type
     assert torch.equal(again[0], expected[0])
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=NAMES)
-def test_starts_as_one_gentle_map_for_all_images(split):
-    """With zero last weights nothing depends on the kept pixels, and no slope is extreme."""
-    z = pixels(1)
-    coupling = MixtureCoupling(*split).double()
-    means = torch.linspace(-6, 6, 16, dtype=torch.float64)[:, None]
-    assert (abs(coupling.common[16:32] - means) < 1e-6).all()
-    assert not coupling.common[32:].any()
-    slopes = jacobian(coupling, z)
-    assert torch.equal(slopes, slopes.diag().diag())
-    assert 0.1 < slopes.diag().min() <= slopes.diag().max() <= 1
 
 
 def test_a_single_logistic_is_an_affine_coupling_that_starts_as_the_identity():
@@ -268,9 +226,8 @@ def test_training_is_that_of_a_plain_loop(max_norm, rise, seed, float64, monkeyp
         return 0.1 * min(1, (step + 1) / rise) * (1 + math.cos(math.pi * step / 6)) / 2
 
     log_px = functools.partial(plain_log_px, model, n_mix=3)
-    rows = train_plainly(log_px, list(weights.values()), optimizers, rate, seed, 2, max_norm)
-    for row, found in zip(rows, Results(tmp_path).metrics, strict=True):
-        assert {name: float(found[name]) for name in row} == pytest.approx(row, rel=1e-9)
+    numbers = train_plainly(log_px, list(weights.values()), optimizers, rate, seed, 2, max_norm)
+    assert Results(tmp_path).numbers == pytest.approx(numbers, rel=1e-9)
     for names in (others, hidden):  # apart, since Muon's way is the shorter one
         parts = (start, weights, Results(tmp_path).weights)
         assert way_off(*([part[name] for name in names] for part in parts)) < 1e-9

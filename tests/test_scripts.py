@@ -13,19 +13,16 @@ import operator
 import os
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GAN, MIXTURE, NF, ROOT, VAE, Process, Results, poison, small, stop_in
-from matplotlib.figure import Figure
+from conftest import GAN, MIXTURE, NF, ROOT, VAE, Results, small, stop_in
 from torch.utils import _pytree as pytree
 
 import runs
-from datasets.bmnist import bmnist
 from datasets.mnist import mnist
 
 NAPPING = ROOT / "tests" / "conftest.py"  # the VAE's script, asleep in the middle of an epoch
@@ -113,8 +110,7 @@ def test_the_templates_own_code_may_call_them(script):
 
 
 # ------------------------ Command line ------------------------
-def test_help_lists_the_options(script):
-    """And their defaults."""
+def test_help_lists_the_options_and_their_defaults(script):
     shown = " ".join(script.run_well("--help").out.split())
     for name, default in vars(script.arguments()).items():
         assert f"--{name} " in shown
@@ -211,67 +207,62 @@ def test_a_run_in_any_folder_leaves_whole_figures(monkeypatch, tmp_path):
         assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_figure_keeps_the_whole_name(tmp_path):
-    for name in ("elbo_lr0.003", "elbo_lr0.01", "elbo.pdf", "elbo.v2.png"):
-        runs.save_figure(Figure(), tmp_path / name)
-    stems = ("elbo", "elbo.v2", "elbo_lr0.003", "elbo_lr0.01")
-    names = [f"{stem}.{kind}" for stem in stems for kind in ("pdf", "png")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-
-
-def test_too_little_memory_is_one_line_but_no_other_error(tmp_path):
-    def run(error):
-        def act(_):
-            raise error
-
-        loaders = functools.partial(small, epoch=1, act=act)
-        return VAE.run(*VAE.options(tmp_path), loaders=loaders)
-
-    for error in (MemoryError(), RuntimeError("could not create a primitive")):
-        assert "memory" in error_line(run(error))
-    with pytest.raises(RuntimeError, match="shapes"):
-        run(RuntimeError("shapes cannot be multiplied"))
-
-
-def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path):
+def test_a_reader_that_goes_away_ends_the_run_quietly(start, tmp_path):
     """As `| head -1`."""
-    process = Process(NAPPING, 99, *VAE.options(tmp_path, 1))
+    process = start(NAPPING, 99, *VAE.options(tmp_path, 1))
     assert process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=120) == 141
     assert process.stderr.read() == ""
 
 
-def test_matplotlibs_backend_is_the_scripts_own_but_not_that_of_its_importers(script, monkeypatch):
-    """A notebook's is set for its processes, where it does not work."""
+def test_matplotlibs_backend_is_the_scripts_own(script, start, monkeypatch):
+    """But not that of its importers: a notebook's is set for its processes, too."""
     inline = "module://matplotlib_inline.backend_inline"
     monkeypatch.setenv("MPLBACKEND", inline)
     exec(script.file.read_text(), {"__name__": "imported", "__file__": str(script.file)})
     assert os.environ["MPLBACKEND"] == inline
-    if script is VAE:
-        end = Process(VAE.file, "--help").end()
-        assert (end.status, end.err) == (0, "")
+    assert script is not VAE or start(VAE.file, "--help").communicate(timeout=120)[1] == ""
 
 
-def test_scripts_train_on_all_images_of_the_split(script, tmp_path):
-    """And only the flows shift them."""
-    expected = {
-        VAE: bmnist(batch_size=20),
-        GAN: mnist(batch_size=20, n_train=50_000, shift=False, drop_last=True),
-    }.get(script) or mnist(batch_size=20, shift=True)
+IMAGES = [
+    (VAE, "", "BinaryLoader", 50_000, 1),
+    (VAE, "--binarization dynamic", "BinaryLoader", 50_000, 255),
+    (GAN, "", "Loader", 50_000, 255),
+    (NF, "", "ShiftedLoader", 40_000, 255),
+    (MIXTURE, "", "ShiftedLoader", 40_000, 255),
+]
 
+
+@pytest.mark.parametrize(("script", "option", "kind", "n", "white"), IMAGES, ids=str)
+def test_scripts_train_on_all_images_of_the_split(script, option, kind, n, white, tmp_path):
     def loaders(made):
-        for loader, other in zip(made, expected, strict=True):
-            assert type(loader) is type(other)
-            assert (loader.shuffle, loader.drop_last) == (other.shuffle, other.drop_last)
-            assert torch.equal(loader.images, other.images)
+        assert (type(made[0]).__name__, made[0].images.max()) == (kind, white)
+        assert [len(loader.images) for loader in made] == [n, 10_000, 10_000]
         small(made)
 
-    script.run_well(*script.options(tmp_path, 1), loaders=loaders)
-    if script is VAE:
-        expected = bmnist(batch_size=20, binarization="dynamic")
-        options = script.options(tmp_path / "dynamic", 1, "--binarization", "dynamic")
-        script.run_well(*options, loaders=loaders)
+    script.run_well(*script.options(tmp_path, 1, *option.split()), loaders=loaders)
+
+
+CURVES = [(VAE, "ELBO (nats)", [-130.0, -93.0, -95.0], [-99.0, -96.0, -97.0]),
+          (NF, "bits per dimension", [2.5, 2.0, 1.8], [2.3, 1.7, 1.9])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "label", "train", "val"), CURVES, ids=str)
+def test_curves_are_shown_without_the_first_training_value(script, label, train, val, monkeypatch):
+    """Which is far off; but of one epoch both points."""
+    save = script.module.save_elbo_plot if script is VAE else script.module.save_bpd_plot
+    monkeypatch.setattr(runs, "save_figure", lambda figure, _: saved.append(figure))
+    for n, shown in ((1, train[:1] + val[:1]), (3, train[1:] + val)):
+        saved = []
+        save(train[:n], val[:n], "curves.pdf")
+        (axes,) = saved[0].axes
+        low, high = axes.get_ylim()
+        assert low < min(shown) < max(shown) < high
+        assert (low < train[0] < high) == (n == 1)
+        assert list(axes.get_lines()[1].get_xdata()) == [1, 2, 3][:n]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", label)
+        script.module.plt.close(saved[0])
 
 
 # ------------------------ Files ------------------------
@@ -309,7 +300,7 @@ def test_summary_has_what_it_takes_to_do_the_run_again(script, finished, tmp_pat
     for name in script.metrics:
         assert str(final[name]) == finished(script).metrics[-1][name]  # not rounded
 
-    run = finished.copy(script, tmp_path)  # with curves that end at their other end
+    run = finished(script).copy(tmp_path)  # with curves that end at their other end
     checkpoint = run.checkpoint
     history = checkpoint["history"]
     for column in history.values() if script is GAN else history:
@@ -331,21 +322,6 @@ def first_model(script, names):
     if script is MIXTURE:
         return names["mixture_model"](2).eval()
     return names["VAE" if script is VAE else "Generator"]().eval()
-
-
-@pytest.mark.parametrize("script", [VAE, NF, MIXTURE], ids=str)
-def test_test_number_is_that_of_the_final_weights_on_the_test_images(script, finished):
-    run, data = finished(script), (bmnist if script is VAE else mnist)(batch_size=20)
-    small(data)
-    model = first_model(script, run.end.names)
-    model.load_state_dict(run.weights)
-    numbers = []
-    for loader in data[1:]:
-        torch.manual_seed(0)
-        numbers.append((VAE if script is VAE else NF).module.epoch_iter(model, loader, None))
-    final = run.summary["final"][script.final[0]]
-    assert final == pytest.approx(numbers[1], rel=1e-5)
-    assert abs(final - numbers[0]) > 1e-3
 
 
 def test_samples_are_drawn_from_the_weights_of_their_epoch(script, finished, tmp_path):
@@ -412,9 +388,9 @@ def test_ctrl_c_and_resume_end_as_an_uninterrupted_run(script, finished, tmp_pat
     assert_same_results(Results(tmp_path), finished(script))
 
 
-def test_a_process_killed_in_the_middle_of_an_epoch_and_resumed(finished, tmp_path):
+def test_a_process_killed_in_the_middle_of_an_epoch_and_resumed(finished, start, tmp_path):
     """By a kill that it cannot see coming. Until then no other run may write into its folder."""
-    process = Process(NAPPING, 3, *VAE.options(tmp_path))
+    process = start(NAPPING, 3, *VAE.options(tmp_path))
     assert "sleeping\n" in iter(process.stdout.readline, "")
     before = Results(tmp_path).bytes
     for more in ((), ("--resume",)):
@@ -422,8 +398,7 @@ def test_a_process_killed_in_the_middle_of_an_epoch_and_resumed(finished, tmp_pa
         assert str(tmp_path) in error_line(end)
     assert Results(tmp_path).bytes == before
     process.kill()
-    end = process.end()
-    assert (end.status, end.err) == (-signal.SIGKILL, "")
+    assert process.communicate(timeout=120)[1] == ""
     VAE.run_well(*VAE.options(tmp_path), "--resume")
     assert_same_results(Results(tmp_path), finished(VAE))
 
@@ -443,7 +418,7 @@ def test_a_file_cut_off_leaves_the_last_one(name, number, error, finished, tmp_p
             raise error
         return write(path, content)
 
-    run = finished.copy(VAE, tmp_path)
+    run = finished(VAE).copy(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", cut_off)
         end = VAE.run(*VAE.options(tmp_path))
@@ -465,25 +440,23 @@ def add_option(path):
 DAMAGES = {
     "of more options": add_option,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-    "numbers": lambda path: torch.save({"options": 3, "parts": 4}, path),
     "another script's": lambda path: NF.run_well(*NF.options(path.parent, 1)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_checkpoint_that_is_none_is_one_line(damage, finished, tmp_path):
-    run = finished.copy(VAE, tmp_path)
+    run = finished(VAE).copy(tmp_path)
     damage(tmp_path / "checkpoint.pt")
     before = run.bytes
     end = VAE.run(*VAE.options(tmp_path), "--resume", loaders=no_training)
     assert str(tmp_path / "checkpoint.pt") in error_line(end)
-    assert end.out == ""
-    assert run.bytes == before
+    assert (end.out, run.bytes) == ("", before)
 
 
 @pytest.mark.parametrize("option", ["--epochs 4", "--lr 0.5", "--zdim 3", "--binarization dynamic"])
 def test_checkpoint_of_other_options_is_refused_by_name(option, finished, tmp_path):
-    run = finished.copy(VAE, tmp_path)
+    run = finished(VAE).copy(tmp_path)
     name, value = option.split()
     end = VAE.run(*VAE.options(tmp_path, 3, name, value, "--resume"), loaders=no_training)
     line = error_line(end)
@@ -493,15 +466,6 @@ def test_checkpoint_of_other_options_is_refused_by_name(option, finished, tmp_pa
 
 
 # ------------------------ Losses and weights that are not finite ------------------------
-def test_nonfinite_loss_is_one_line_and_keeps_the_checkpoint(script, finished, tmp_path):
-    loaders = functools.partial(small, epoch=2, batch=2, act=poison)
-    line = error_line(script.run(*script.options(tmp_path), loaders=loaders), status=1)
-    assert all(text in line for text in ("epoch 2", str(tmp_path / "checkpoint.pt")))
-    assert Results(tmp_path).bytes.keys() == {"checkpoint.pt"}
-    script.run_well(*script.options(tmp_path), "--resume")
-    assert_same_results(Results(tmp_path), finished(script))
-
-
 NETWORKS = [(VAE, 0), (GAN, 0), (GAN, 1), (NF, 0), (MIXTURE, 0)]
 
 
