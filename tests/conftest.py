@@ -53,6 +53,10 @@ def small(loaders, n_batches=2.5, epoch=0, batch=2, act=None):
     Of the training images `n_batches`, of the others more: no split has as many as another one.
     Batches have numbers of PyTorch's default type.
     """
+
+    def typed(x):
+        return x.to(torch.get_default_dtype())
+
     for loader, more in zip(loaders, (0, 1.2, 2.3), strict=False):
         n = int((n_batches + more) * loader.batch_size)
         loader.images, loader.labels = loader.images[:n], loader.labels[:n]
@@ -61,14 +65,10 @@ def small(loaders, n_batches=2.5, epoch=0, batch=2, act=None):
         def iterate(self, kind=kind, epochs=epochs, acting=loader is loaders[0]):
             this_epoch = next(epochs)
             for number, item in enumerate(kind.__iter__(self), 1):
-                item = pytree.tree_map_only(torch.FloatTensor, as_default, item)
+                item = pytree.tree_map_only(torch.FloatTensor, typed, item)
                 yield act(item) if acting and (this_epoch, number) == (epoch, batch) else item
 
         loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
-
-
-def as_default(x):
-    return x.to(torch.get_default_dtype())
 
 
 def interrupt(*_):
@@ -199,18 +199,15 @@ class Script:
             exec(compile(source, self.file, "exec"), names)
         return names
 
-    def run(self, *options, savefig=save_pictures, **kwargs):
-        """Execute the script; return its status, out, err, and the names that it has defined.
-
-        `savefig` takes the place of the figures'.
-        """
+    def run(self, *options, **kwargs):
+        """Execute the script; return its status, out, err, and the names that it has defined."""
         names, status = None, 0
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.StringIO()) as out,
             contextlib.redirect_stderr(io.StringIO()) as err,
         ):
-            patch.setattr(Figure, "savefig", savefig)
+            patch.setattr(Figure, "savefig", save_pictures)
             try:
                 names = self.execute(*options, **kwargs)
             except SystemExit as end:

@@ -258,24 +258,6 @@ def test_a_missing_or_damaged_file_and_a_strange_name_are_one_line(tmp_path):
         assert "python a3_vae_template.py --zdim 2 makes it anew" in error()
 
 
-# ----------------------------------------------------------------------- the build
-
-
-@pytest.mark.skipif(None in map(shutil.which, ("latexmk", "pdftotext")), reason="no LaTeX")
-def test_the_build_with_a_name(tmp_path, macros):
-    """It compiles, prints the name, and gives the same bytes again."""
-    work = tmp_path / "report"
-    shutil.copytree(REPORT, work, ignore=shutil.ignore_patterns("build", "*.pdf", "*.zip"))
-    made = []
-    for _ in range(2):
-        done = run("make", f"RESULTS={ROOT}/results", "AUTHOR=Zoë O'Doe", folder=work)
-        assert done.returncode == 0, done.stderr + done.stdout
-        made.append((work / "report.pdf").read_bytes())
-        (work / "report.pdf").unlink()
-    assert made[0] == made[1]
-    assert "Zoë O’Doe" in run("pdftotext", work / "build/report.pdf", "-").stdout
-
-
 def test_the_check_of_the_log(tmp_path):
     log = "This is pdfTeX\nOverfull \\hbox (4.9pt too wide) in paragraph at lines 3--4\n"
     for line in (
