@@ -185,6 +185,8 @@ class Script:
 
         def make_loaders(*args, **kwargs):
             made = make(*args, **kwargs)
+            n_train = 40_000 if self in (NF, MIXTURE) else 50_000
+            assert [len(loader.images) for loader in made] == [n_train, 10_000, 10_000]
             loaders(made)
             return made
 

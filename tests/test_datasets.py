@@ -153,16 +153,10 @@ def test_shifts_are_those_of_torchvisions_transforms():
     assert scipy.stats.chisquare(found, n * shares.ravel()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("make", "options"), [
-    (mnist, {}), (mnist, {"shift": False}), (bmnist, {}), (bmnist, {"binarization": "dynamic"}),
-])  # fmt: skip
-def test_epochs_are_drawn_from_pytorchs_generator(make, options):
-    """Each is another; the same state before it gives the same."""
-    loader, _, _ = make(**options)
-    torch.manual_seed(3)
+@pytest.mark.parametrize("make", [mnist, bmnist])
+def test_every_epoch_is_another(make):
+    loader, _, _ = make(batch_size=50)
     first, second = (next(iter(loader))[0] for _ in range(2))
-    torch.manual_seed(3)
-    assert torch.equal(first, next(iter(loader))[0])
     assert not torch.equal(first, second)
 
 

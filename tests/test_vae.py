@@ -135,3 +135,11 @@ def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
     torch.manual_seed(seed)
     assert Results(tmp_path).numbers == pytest.approx([*numbers, elbo(test)], rel=1e-9)
     assert way_off(start, weights, Results(tmp_path).weights.values()) < 1e-9
+
+
+def test_dynamic_training_images_are_grey(tmp_path):
+    def loaders(made):
+        assert made[0].images.max() == 255
+        small(made)
+
+    VAE.run_well(*VAE.options(tmp_path, 1, "--binarization", "dynamic"), loaders=loaders)
