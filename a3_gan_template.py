@@ -15,7 +15,7 @@ import os
 import time
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also where a notebook says otherwise
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also if started from a notebook
 
 import matplotlib.pyplot as plt
 import torch
@@ -98,8 +98,8 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
     generator's loss, D(x) and D(G(z)), all as in training, with D's dropout. Raises
     FloatingPointError if one of these, or a weight, is not a finite number.
     """
-    # Two adversaries circle around more than they settle; an average of the weights does not
-    # (Yazici et al., 2019, arXiv:1806.04498). Samples come from it, and training never sees it.
+    # Two adversaries circle more than they settle; averaging the weights evens this out (Yazici et
+    # al., 2019, arXiv:1806.04498). Samples come from the average, and training never sees it.
     average = copy.deepcopy(generator).eval()
     # state_dict() has the tensors themselves, no copies: these two stay up to date.
     weights, averages = generator.state_dict().values(), average.state_dict().values()
@@ -114,23 +114,21 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
     for epoch in range(len(history["epoch"]) + 1, ARGS.n_epochs + 1):
         # A seed of its own for each epoch, so that a resumed run draws what an uninterrupted one
-        # does. Runs with other seeds share no draws.
+        # does. Other seeds share no epoch's draws.
         torch.manual_seed(ARGS.seed * ARGS.n_epochs + epoch)
         start, metrics = time.perf_counter(), []
         # The full learning rate for half of the epochs, then on a line towards zero, so that both
         # players settle.
         for group in optimizer_G.param_groups + optimizer_D.param_groups:
             group["lr"] = ARGS.lr * min(1, 2 - 2 * (epoch - 1) / ARGS.n_epochs)
-        generator.train()
-        discriminator.train()
         for i, (pixels, _) in enumerate(tqdm(dataloader, leave=False, disable=None), 1):
             real = pixels / 127.5 - 1  # grey values 0..255 to the generator's range
             fake = generator(torch.randn(len(real), generator.latent_dim, device=real.device))
 
             # Train Discriminator: max over D of E[log D(x)] + E[log(1 - D(G(z)))]
             # -------------------
-            # Before G, unlike the template: Algorithm 1 improves D first. Real and fake images go
-            # in one pass, since D has no batch normalization, which would mix them.
+            # Before G, as in Algorithm 1. Real and fake images go in one pass, since D has no batch
+            # normalization, which would mix them.
             logits = discriminator.logits(torch.cat([real, fake.detach()]))
             real_logits, fake_logits = logits.chunk(2)
             value = value_function(real_logits, fake_logits)
@@ -142,16 +140,16 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             # ---------------
             loss_g = generator_loss(discriminator.logits(fake))
             optimizer_G.zero_grad()
-            # Gradients for D's weights would be computed for nothing.
+            # For G alone: nothing needs the gradients of D's weights.
             loss_g.backward(inputs=list(generator.parameters()))
             optimizer_G.step()
 
             # Average Generator: mean += (weight - mean) * 5 / (4 + batches_done)
             # -----------------
-            # Two thirds of it are of the last fifth of the batches (Shamir & Zhang, 2013, eta = 4).
+            # Two thirds of it come from the last fifth of batches (Shamir & Zhang, 2013, eta = 4).
             batches_done = (epoch - 1) * len(dataloader) + i
             for mean, weight in zip(averages, weights, strict=True):
-                if weight.is_floating_point():  # and statistics, but not batches counted
+                if weight.is_floating_point():  # all but the counts of batches
                     mean.lerp_(weight, 5 / (4 + batches_done))
 
             # Save Images (of the average, from the same latents each time)

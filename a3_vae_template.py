@@ -16,7 +16,7 @@ import os
 import time
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also where a notebook says otherwise
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also if started from a notebook
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -229,7 +229,7 @@ def main():
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
 
     for epoch in range(len(train_curve) + 1, ARGS.epochs + 1):
-        # Runs with other seeds share no draws.
+        # Other seeds share no epoch's draws.
         torch.manual_seed(ARGS.seed * ARGS.epochs + epoch)
         start = time.perf_counter()
         # Down half a cosine towards zero: the smaller the steps, the less noise of the gradients

@@ -153,7 +153,7 @@ def save_results(args, model, columns, final):
 
 def run(main, args):
     """Runs `main`; bad data, too little memory or disk, and Ctrl-C end it in one line."""
-    sys.stderr = sys.stderr or io.StringIO()  # closed, as by 2>&-, and tqdm writes there
+    sys.stderr = sys.stderr or io.StringIO()  # 2>&- closes it, yet tqdm writes there
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

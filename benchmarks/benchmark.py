@@ -170,7 +170,7 @@ def main():
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     device = rows[0]["device"]
     print(f"{device}, torch {torch.__version__}; ms a step, median (quartiles)\n")
-    names = ["run", "precision", *TIMED, "step / floor", "training, default", "memory"]
+    names = ["run", "precision", *TIMED, "step / floor", "training, default", "peak memory"]
     print("|", " | ".join(names), "|")
     print("|---" * len(names) + "|")
     for row in rows:

@@ -34,7 +34,7 @@ class BinaryLoader(Loader):
     def batch(self, rows):
         images = take(self.images, rows)
         if self.dynamic:
-            # Of the 255 bytes 0..254, `grey` many are below `grey`.
+            # A byte of 0..254 is < grey with probability grey/255.
             images = torch.empty_like(images).random_(0, 255) < images
         return images.view(-1, 1, 28, 28).float()
 

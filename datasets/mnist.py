@@ -66,8 +66,8 @@ class ShiftedLoader(Loader):
 
     As the assignment's torchvision transforms do it: the edge pixels are repeated twice on each
     side, and RandomAffine(0, translate=(0.05, 0.05)) moves what is now 32 pixels wide by
-    round(U(-1.6, 1.6)) along either axis: by -2 and 2 once in 32 times each, by -1, 0 and 1 ten
-    times in 32 each. The 28 pixels in the middle are kept.
+    round(U(-1.6, 1.6)) along either axis: by -2, -1, 0, 1, 2 with shares 1, 10, 10, 10, 1 of 32.
+    The 28 pixels in the middle are kept.
     """
 
     def __iter__(self):

@@ -2,8 +2,7 @@
 
 A lesson that goes on from a3_nf_template.py: its density, prior, dequantization and loss stay. The
 coupling (arXiv:1902.00275), its network, the order of the pixels and the optimizer change; with
---n_mix 1 it has all of these but the mixtures. Read from top to bottom: network, coupling, order,
-training. Run
+--n_mix 1 the coupling stays affine. Read from top to bottom: network, coupling, order, training. Run
 
     python extension/mixture_flow.py              # mixtures of 16, into results/nf_mixture
     python extension/mixture_flow.py --n_mix 1    # a single logistic: an affine coupling
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also where a notebook says otherwise
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, also if started from a notebook
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +93,7 @@ class MixtureCoupling(nn.Module):
 
     If x follows the mixture, C(x) is uniform and its logit logistic, nearly normal after the scale.
     With K = 1, logit(C(x)) = (x - mu) / s, and the coupling is affine.
-    Both sets of pixel numbers are `[side, side, n]`: n pixels of each cell of a lattice.
+    `kept` and `changed` are pixel numbers `[side, side, m]`: m in each cell of a lattice.
     """
 
     def __init__(self, kept, changed, n_mix=16):
@@ -154,19 +153,19 @@ class MixtureCoupling(nn.Module):
         if reverse:
             x = self.solve((x - b) * torch.exp(-a), *mixture)
         v, log_slope = self.logit_cdf(x, *mixture)
-        log_scale = (log_slope + a).sum(dim=1)
+        log_det = (log_slope + a).sum(dim=1)
         if reverse:
-            return z.index_copy(1, self.changed, x), ldj - log_scale
-        return z.index_copy(1, self.changed, v * torch.exp(a) + b), ldj + log_scale
+            return z.index_copy(1, self.changed, x), ldj - log_det
+        return z.index_copy(1, self.changed, v * torch.exp(a) + b), ldj + log_det
 
 
 def nested_splits(grid):
-    """Yields `kept, changed`, the numbers of the pixels, of each coupling in turn.
+    """Yields the pixel numbers `kept, changed` of each coupling in turn.
 
     A grid of pixels, `[side, side]`, is cut into 2x2 cells (a b / c d). Couplings change c given a,
-    b and d, then b given a and d, then d given a: a quarter at once, since those that change
-    together are independent given the rest. What has changed is not used again. All a form the
-    next, coarser grid: RealNVP's multi-scale idea (its section 3.6), to its end.
+    b and d, then b given a and d, then d given a: no more at once, since pixels that change
+    together are independent given the kept. A changed pixel is not read again. All a form the next,
+    coarser grid, as in RealNVP's multi-scale idea (its section 3.6).
 
     On the last grid, of odd side, the halves of a checkerboard change in turn, given each other,
     twice. Sampling runs backwards, from coarse to fine.
