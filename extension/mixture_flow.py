@@ -2,7 +2,7 @@
 
 A lesson that goes on from a3_nf_template.py: its density, prior, dequantization and loss stay. The
 coupling (arXiv:1902.00275), its network, the order of the pixels and the optimizer change; with
---n_mix 1 the coupling stays affine. Read from top to bottom: network, coupling, order, training. Run
+--n_mix 1 the coupling stays affine. Read from the top: network, coupling, order, training. Run
 
     python extension/mixture_flow.py              # mixtures of 16, into results/nf_mixture
     python extension/mixture_flow.py --n_mix 1    # a single logistic: an affine coupling
