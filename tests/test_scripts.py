@@ -279,10 +279,10 @@ def test_summary_has_what_it_takes_to_do_the_run_again(script, finished, tmp_pat
     history = checkpoint["history"]
     for column in history.values() if script is GAN else history:
         column.reverse()
-    checkpoint["threads"] = 2
+    checkpoint["threads"] = threads = 2 if script is VAE else 1  # others take long with two
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     script.run_well(*script.options(tmp_path), "--resume")
-    assert run.summary["threads"] == 2
+    assert run.summary["threads"] == threads
     for name in script.metrics:
         assert str(run.summary["final"][name]) == run.metrics[-1][name]
         assert run.metrics[-1][name] == finished(script).metrics[0][name]
