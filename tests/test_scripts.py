@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GAN, MIXTURE, NF, ROOT, VAE, Results, small, stop_in
+from matplotlib.figure import Figure
 from torch.utils import _pytree as pytree
 
 import runs
@@ -110,6 +111,13 @@ def test_the_templates_own_code_may_call_them(script):
 
 
 # ------------------------ Command line ------------------------
+def test_help_lists_the_options_and_their_defaults(script):
+    shown = " ".join(script.run_well("--help").out.split())
+    for name, default in vars(script.arguments()).items():
+        assert f"--{name} " in shown
+        assert name == "results_dir" or f"(default: {default})" in shown
+
+
 BAD_OPTIONS = [
     (VAE, "above 0", "--epochs 0", "--epochs -1", "--zdim 0", "--batch_size -3", "--lr nan"),
     (VAE, "above -1", "--seed -1"),
@@ -200,6 +208,11 @@ def test_a_run_in_any_folder_leaves_whole_figures(monkeypatch, tmp_path):
         assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_keeps_the_whole_name(tmp_path):
+    runs.save_figure(Figure(), tmp_path / "elbo_lr0.01")
+    assert {path.name for path in tmp_path.iterdir()} == {"elbo_lr0.01.pdf", "elbo_lr0.01.png"}
+
+
 def test_a_reader_that_goes_away_ends_the_run_quietly(start, tmp_path):
     """As `| head -1`."""
     process = start(NAPPING, 99, *VAE.options(tmp_path, 1))
@@ -234,9 +247,14 @@ def test_curves_are_shown_without_the_first_training_value(script, label, train,
         low, high = axes.get_ylim()
         assert low < min(shown) < max(shown) < high
         assert (low < train[0] < high) == (n == 1)
-        assert list(axes.get_lines()[1].get_xdata()) == [1, 2, 3][:n]
+        _, curve, *target = axes.get_lines()
+        assert list(curve.get_xdata()) == [1, 2, 3][:n]
+        assert [line.get_ydata()[0] for line in target] == ([] if script is VAE else [1.85])
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", label)
-        script.module.plt.close(saved[0])
+        script.module.plt.close("all")
+    if script is NF:  # without the target that all values are below
+        save([1.8], [1.7], "curves.pdf")
+        assert len(saved[-1].axes[0].get_lines()) == 2
 
 
 # ------------------------ Files ------------------------
