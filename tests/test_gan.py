@@ -12,6 +12,7 @@ from conftest import GAN, Results, small, stop_in, way_off
 from torch import nn
 
 import a3_gan_template as gan
+import runs
 from datasets.mnist import mnist
 
 
@@ -74,7 +75,8 @@ def test_two_digits_are_those_of_the_nearest_training_images():
     assert (z.shape, digits) == ((2, 100), [7, 7])
 
 
-def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(finished):
+def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(finished, monkeypatch):
+    """Without the first of 20 epochs."""
     run = finished(GAN)
     value, _, d_real, d_fake = ([float(row[name]) for row in run.metrics] for name in GAN.metrics)
     assert run.lines("training") == {
@@ -84,6 +86,11 @@ def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(finished):
         r"$D(G(\mathbf{z}))$ of mean output of $D$": d_fake,
         "_child2 of mean output of $D$": [0.5, 0.5],
     }
+    monkeypatch.setattr(runs, "save_figure", lambda figure, _: saved.append(figure))
+    columns, saved = ("epoch", "value", "d_real", "d_fake"), []
+    gan.save_training_plot(dict.fromkeys(columns, range(20)), "training.pdf")
+    assert saved[0].axes[0].get_lines()[0].get_ydata()[0] == 1
+    gan.plt.close(saved[0])
 
 
 # ------------------------ The script ------------------------

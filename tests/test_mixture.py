@@ -116,6 +116,7 @@ def test_flow_predicts_each_pixel_from_raw_and_coarser_ones():
     assert torch.cat(changed[:-2]).sort()[0].tolist() == list(range(SIDE**2))
     assert all(map(torch.equal, changed[-2:], changed[-4:-2]))
     assert changed[-1].tolist() == [0, 8, 52, 96, 104]  # the corners and the middle
+    assert [first[0].item() for first in changed[:3]] == [SIDE, 1, SIDE + 1]  # c, b and d
     slopes = jacobian(flow, pixels(1))
     for i, earlier in enumerate(changed[:-4]):
         assert not slopes[torch.cat(changed[i + 1 :])][:, earlier].any()
