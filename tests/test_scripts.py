@@ -213,6 +213,15 @@ def test_a_figure_keeps_the_whole_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"elbo_lr0.01.pdf", "elbo_lr0.01.png"}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")])
+def test_too_little_memory_is_one_line(error, tmp_path):
+    def act(_):
+        raise error
+
+    loaders = functools.partial(small, epoch=1, act=act)
+    assert "memory" in error_line(VAE.run(*VAE.options(tmp_path), loaders=loaders))
+
+
 def test_a_reader_that_goes_away_ends_the_run_quietly(start, tmp_path):
     """As `| head -1`."""
     process = start(NAPPING, 99, *VAE.options(tmp_path, 1))
