@@ -125,6 +125,29 @@ def test_the_method_is_that_of_the_scripts():
         assert code in (ROOT / script).read_text(encoding="utf-8"), piece
 
 
+def test_no_word_sticks_to_a_macro(body):
+    assert re.findall(MACRO + r" [^&\\$]", re.sub(r"\$[^$]*\$", "", body)) == []
+
+
+def test_the_pictures_are_there_with_caption_and_reference(body, macros):
+    floats = re.findall(r"\\begin\{(?:figure|table)\}.*?\\end\{(?:figure|table)\}", body)
+    assert re.findall(PICTURE, "".join(floats)) == re.findall(PICTURE, body)
+    for piece in floats:
+        assert re.search(r"\\caption\{.{20,}", piece)
+        assert rf"\ref{{{re.search(r'label{([^}]*)}', piece)[1]}}}" in body
+    for name in re.findall(PICTURE, body):
+        if macros["mixture"] or "nf_mixture" not in name:
+            assert (ROOT / name.lstrip("\\")).is_file(), name
+
+
+def test_the_references_are_those_that_are_cited_and_can_be_found(body):
+    cited = re.findall(r"\\cite\w*(?:\[[^]]*\])*\{([^}]*)\}", body)
+    bib = (REPORT / "references.bib").read_text(encoding="utf-8")
+    entries = dict(re.findall(r"^@\w+\{(\w+),(.*?)^\}", bib, flags=re.M | re.S))
+    assert sorted(entries) == sorted({key for keys in cited for key in keys.split(",")})
+    assert all(re.search(r"arXiv|pages|github\.io", entry) for entry in entries.values())
+
+
 def make_results(folder):
     """Write results of the form that the scripts and measure.py leave, of a few epochs."""
     judged = {"agreement": 0.6149, "digit_shares": [0.1135, 0.8865], "parameters": 815824,

@@ -213,13 +213,18 @@ def test_a_figure_keeps_the_whole_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"elbo_lr0.01.pdf", "elbo_lr0.01.png"}
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")])
-def test_too_little_memory_is_one_line(error, tmp_path):
-    def act(_):
-        raise error
+def test_too_little_memory_is_one_line_but_no_other_error(tmp_path):
+    def run(error):
+        def act(_):
+            raise error
 
-    loaders = functools.partial(small, epoch=1, act=act)
-    assert "memory" in error_line(VAE.run(*VAE.options(tmp_path), loaders=loaders))
+        loaders = functools.partial(small, epoch=1, act=act)
+        return VAE.run(*VAE.options(tmp_path), loaders=loaders)
+
+    for error in (MemoryError(), RuntimeError("could not create a primitive")):
+        assert "memory" in error_line(run(error))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(start, tmp_path):
@@ -441,6 +446,7 @@ def add_option(path):
 OTHERS = {  # what was done to checkpoint.pt, or the options that differ from those in it
     "of more options": add_option,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "numbers": lambda path: torch.save({"options": 3, "parts": 4}, path),
     "another script's": lambda path: NF.run_well(*NF.options(path.parent, 1)),
     **dict.fromkeys(("--epochs 4", "--zdim 30", "--binarization dynamic")),
 }
