@@ -122,19 +122,19 @@ def load_checkpoint(args, parts):
     if not path.is_file():
         fail(f"--resume found no {path}; leave it out to start")
     lock(args.results_dir)
+    here = shown(args)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         options, history = state["options"], state["history"]
-        if options == shown(args):
+        if options == here:
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             torch.set_num_threads(state["threads"])  # their number changes how sums round
     except Exception:  # a damaged file makes the unpickler raise almost anything
         fail(f"{path} is no checkpoint that this script can read; move it away to start afresh")
-    for option in options | shown(args):
-        here, there = shown(args).get(option), options.get(option)
-        if here != there:
-            fail(f"--{option} is {here}, but {there} in {path}")
+    for option in options | here:
+        if options.get(option) != here.get(option):
+            fail(f"--{option} is {here.get(option)}, but {options.get(option)} in {path}")
     return history
 
 

@@ -51,24 +51,27 @@ def small(loaders, n_batches=2.5, epoch=0, batch=2, act=None):
     """Keep few images, and let `act` change a training batch, given by epoch and number from 1.
 
     Of the training images `n_batches`, of the others more: no split has as many as another one.
-    Batches have numbers of PyTorch's default type.
     """
-
-    def typed(x):
-        return x.to(torch.get_default_dtype())
-
     for loader, more in zip(loaders, (0, 1.2, 2.3), strict=False):
         n = int((n_batches + more) * loader.batch_size)
         loader.images, loader.labels = loader.images[:n], loader.labels[:n]
-        kind, epochs = type(loader), itertools.count(1)
+        watch(loader, epoch if loader is loaders[0] else 0, batch, act)
 
-        def iterate(self, kind=kind, epochs=epochs, acting=loader is loaders[0]):
-            this_epoch = next(epochs)
-            for number, item in enumerate(kind.__iter__(self), 1):
-                item = pytree.tree_map_only(torch.FloatTensor, typed, item)
-                yield act(item) if acting and (this_epoch, number) == (epoch, batch) else item
 
-        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
+def watch(loader, epoch, batch, act):
+    """Let the loader yield numbers of PyTorch's default type, and `act` change that batch."""
+    kind, epochs = type(loader), itertools.count(1)
+
+    def typed(x):
+        return x.to(torch.get_default_dtype()) if x.is_floating_point() else x
+
+    def iterate(self):
+        this_epoch = next(epochs)
+        for number, item in enumerate(kind.__iter__(self), 1):
+            item = pytree.tree_map(typed, item)
+            yield act(item) if (this_epoch, number) == (epoch, batch) else item
+
+    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
 
 
 def interrupt(*_):
