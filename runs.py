@@ -1,178 +1,154 @@
-"""What a run is, for all scripts: its options, its folder, its files and how it ends.
-
-Nothing here is about a model; the lessons are the scripts that import this.
-"""
+"""Options, files and resuming, the same for all scripts; the lessons are the scripts."""
 
 import argparse
-import errno
-import fcntl
-import functools
-import io
 import json
+import math
 import os
-import re
 import sys
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import torch
+from torchvision.utils import make_grid, save_image
 
 from datasets.mnist import DataError
 
-FONT = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9}  # the report's
+STYLE = {"font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9,
+         "savefig.dpi": 200, "pdf.fonttype": 42}  # the report's font, as TrueType  # fmt: skip
 
 
-def fail(message, status=2):
-    """Ends the program with the line `error: message` on standard error."""
+def fail(message):
+    """Ends the program with the line `error: message` on standard error and status 2."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
-def parse(parser, name):
-    """Adds the options that all scripts have and returns the parsed ones.
+def parse(parser, name, **least):
+    """Adds the options that all scripts have and returns the parsed ones; a bad one ends the run.
 
-    Without --results_dir the folder is results/`name`, extended by each option that differs from
-    its default, so that no run takes the place of one with others. A bad option ends the program.
+    Whole numbers must be at least 1, or what `least` says, and fractions lie in 0..1. Without
+    --results_dir the results go to results/`name`, and each option that differs from its default
+    is added to that name, so that a run only overwrites one with the same options.
     """
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default=devices[-1], choices=devices, help="where to run")
-    parser.add_argument("--results_dir", help="if not one named by the options")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--results_dir", type=Path, help="if not the one named by the options")
+    parser.add_argument("--resume", action="store_true", help="go on after the last epoch")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = fail  # one line, where argparse would print its usage, too
     args = parser.parse_args()
 
-    for option, value in vars(args).items():
-        least = -1 if option == "seed" else 0
-        if type(value) in (int, float) and not least < value < 2**31:  # not a number fails, too
-            fail(f"--{option} {value} is not allowed; give a number above {least} and below 2^31")
-        if option not in ("results_dir", "resume") and value != parser.get_default(option):
+    for option, value in options(args).items():
+        low = least.get(option, 0 if option == "seed" else 1)
+        if type(value) is int and not low <= value < 2**31:
+            fail(f"--{option} {value} is not allowed; give a whole number from {low} to 2^31 - 1")
+        if type(value) is float and not 0 <= value <= 1:
+            fail(f"--{option} {value} is not allowed; give a number from 0 to 1")
+        if value != parser.get_default(option):
             name += f"_{value}" if isinstance(value, str) else f"_{option}{value}"
-    if args.results_dir == "":
-        fail("--results_dir '' is not allowed; give the name of a folder")
-    args.results_dir = Path(args.results_dir or Path(__file__).resolve().parent / "results" / name)
+    try:
+        torch.ones(1, device=args.device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    name = name.replace(":", "")  # Windows has no files named cuda:1
+    args.results_dir = args.results_dir or Path(__file__).resolve().parent / "results" / name
     return args
 
 
-def shown(args):
+def options(args):
     """Returns the options by name, but for where the results go and whether to resume."""
     return {k: v for k, v in vars(args).items() if k not in ("results_dir", "resume")}
 
 
-@functools.cache  # once a folder: the lock lasts until the process ends, however it ends
-def lock(folder):
-    """Ends the program if another run is writing into the folder, else keeps others out of it."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:  # not a file system without locks
-            fail(f"another run is writing into {folder}; wait for it, or give another folder")
-
-
-def write(path, content):
-    """Writes bytes to a file, whole or not at all: what was there stays until all is written."""
-    # Always the same temporary name: what a killed run has left of it is written over.
+def write(path, save):
+    """Writes a file by `save(file)`, whole or not at all: until then the previous one stays."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock(path.parent)
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            save(file)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (OSError, RuntimeError) as error:  # the second one is torch.save's on a full disk
+        fail(f"{path} cannot be written: {error}")
 
 
-def save_figure(figure, filename):
-    """Saves a figure as PDF and as PNG, without a date: equal figures are equal files."""
-    name = str(filename).removesuffix(".pdf").removesuffix(".png")
-    for kind in ("pdf", "png"):
-        buffer = io.BytesIO()
-        metadata = {"CreationDate": None}
-        figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
-        write(Path(f"{name}.{kind}"), buffer.getvalue())
-    plt.close(figure)
+def save_images(images, path, nrow=5, padding=1):
+    """Saves images with pixels in [0, 1], `[n, 784]` or `[n, 1, 28, 28]`, as a grid, ink in black.
+
+    Each pixel takes 4 x 4 in the file, so that viewers do not blur it.
+    """
+    grid = make_grid(1 - images.view(-1, 1, 28, 28), nrow=nrow, padding=padding, pad_value=0.5)
+    grid = grid.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    write(path, partial(save_image, grid, format="png"))
 
 
-def save_torch(path, state):
-    """Writes a state as `torch.save` does."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+def save_figure(figure, path):
+    """Saves a figure as .png and as .pdf, without a date: equal figures are equal files."""
+    for kind in ("png", "pdf"):
+        save = partial(figure.savefig, format=kind, metadata={"CreationDate": None})
+        write(path.with_suffix(f".{kind}"), save)
 
 
-def check_finite(epoch, losses, *networks):
-    """Raises FloatingPointError if a loss of this epoch, or a weight, is not a finite number."""
-    weights = [weight for network in networks for weight in network.state_dict().values()]
-    if not all(torch.as_tensor(x).isfinite().all() for x in (*losses, *weights)):
-        raise FloatingPointError(f"epoch {epoch} ends with a loss or weights that are not finite")
+def check_finite(epoch, *losses):
+    """Ends the run if a loss is not finite; the last checkpoint stays."""
+    if not all(map(math.isfinite, losses)):
+        fail(f"epoch {epoch} ends with losses {losses}; the last checkpoint is kept")
 
 
 def save_checkpoint(args, parts, history):
-    """Writes checkpoint.pt: the options, the states of the `parts` by name, and the `history`."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"options": shown(args), "parts": states, "history": history,
-             "threads": torch.get_num_threads()}  # fmt: skip
-    save_torch(args.results_dir / "checkpoint.pt", state)
+    """Writes checkpoint.pt: the options, the states of the `parts`, the history, random states."""
+    checkpoint = {"options": options(args), "history": history, "random": torch.get_rng_state(),
+                  "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
+    if args.device != "cpu":
+        module = torch.get_device_module(args.device)
+        checkpoint["random_of_device"] = module.get_rng_state(args.device)
+    write(args.results_dir / "checkpoint.pt", partial(torch.save, checkpoint))
 
 
-def load_checkpoint(args, parts):
-    """Restores the `parts` from checkpoint.pt, and the number of threads; returns the history."""
+def load_checkpoint(args, parts, history):
+    """Restores the `parts`, the history and the random states from checkpoint.pt."""
     path = args.results_dir / "checkpoint.pt"
     if not path.is_file():
-        fail(f"--resume found no {path}; leave it out to start")
-    lock(args.results_dir)
-    here = shown(args)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        options, history = state["options"], state["history"]
-        if options == here:
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
-            torch.set_num_threads(state["threads"])  # their number changes how sums round
-    except Exception:  # a damaged file makes the unpickler raise almost anything
-        fail(f"{path} is no checkpoint that this script can read; move it away to start afresh")
-    for option in options | here:
-        if options.get(option) != here.get(option):
-            fail(f"--{option} is {here.get(option)}, but {options.get(option)} in {path}")
-    return history
+        fail(f"--resume finds no {path}; leave it out to start")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    here, there = options(args), checkpoint["options"]
+    for option in here | there:
+        if here.get(option) != there.get(option):
+            fail(f"--{option} is {here.get(option)}, but {there.get(option)} in {path}")
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint["parts"][name])
+    for name, column in checkpoint["history"].items():
+        history[name].extend(column)
+    torch.set_rng_state(checkpoint["random"])
+    if args.device != "cpu":
+        module = torch.get_device_module(args.device)
+        module.set_rng_state(checkpoint["random_of_device"], args.device)
 
 
-def save_results(args, model, columns, final):
-    """Writes weights.pt, a plain state_dict, metrics.csv with a row an epoch, and summary.json."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    summary = {"options": shown(args), "device": device, "threads": torch.get_num_threads(),
-               "torch": str(torch.__version__), "final": final}  # fmt: skip
-    columns = {"epoch": range(1, len(columns["seconds"]) + 1)} | columns
+def save_results(args, weights, history, **more):
+    """Writes weights.pt; metrics.csv, one row per epoch; summary.json, the last row and `more`."""
+    columns = {"epoch": range(1, len(history["seconds"]) + 1)} | history
     rows = [columns, *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    save_torch(args.results_dir / "weights.pt", model.state_dict())
-    write(args.results_dir / "metrics.csv", table.encode())
-    write(args.results_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    final = {name: column[-1] for name, column in columns.items()} | more
+    summary = {"options": options(args), "threads": torch.get_num_threads(),
+               "torch": str(torch.__version__), "final": final}  # fmt: skip
+    text = json.dumps(summary, indent=2) + "\n"
+    write(args.results_dir / "weights.pt", partial(torch.save, weights))
+    write(args.results_dir / "metrics.csv", lambda file: file.write(table.encode()))
+    write(args.results_dir / "summary.json", lambda file: file.write(text.encode()))
 
 
-def run(main, args):
-    """Runs `main`; bad data, too little memory or disk, and Ctrl-C end it in one line."""
-    sys.stderr = sys.stderr or io.StringIO()  # 2>&- closes it, yet tqdm writes there
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have letters that it lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+def run(main):
+    """Runs `main` with the report's style for figures; bad data and Ctrl-C end in one line."""
     try:
-        with plt.rc_context(FONT):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever a user's matplotlibrc says
+            matplotlib.rcParams.update(STYLE)
             main()
     except DataError as error:
         fail(error)
-    except BrokenPipeError:  # nobody reads on, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as the signal would
-    except OSError as error:
-        fail(f"{error.filename or '-'}: {error.strerror}", 1 if error.errno == errno.ENOSPC else 2)
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        path = args.results_dir / "checkpoint.pt"
-        kept = f"{path} is the last one" if path.is_file() else "there is no checkpoint"
-        fail(f"{str(error) or 'interrupted'}; {kept}", 1 if str(error) else 130)
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has no class of its own for a processor's memory, nor has its oneDNN.
-        signs = r"MemoryError|(out of|enough|allocate) memory|could not create a primitive"
-        if not re.search(signs, repr(error)):
-            raise
-        fail(f"there is not enough memory for {shown(args)}")
+    except KeyboardInterrupt:
+        fail("interrupted; a training goes on with --resume")
