@@ -151,7 +151,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             if batches_done % 10 == 0:
                 average.update_parameters(generator)
 
-            # Save Images (of the average, from the same latents each time)
+            # Save Images: samples of the averaged generator, always from the same noise
             # -----------
             if batches_done % ARGS.save_interval == 0:
                 filename = ARGS.results_dir / "progress" / f"{batches_done:06d}.png"

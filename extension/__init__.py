@@ -1,0 +1,1 @@
+"""The lessons that build on the scripts."""
