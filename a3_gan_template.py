@@ -88,9 +88,10 @@ def generator_loss(fake_logits):
 
 # ------------------------------------ Training ------------------------------------
 def average_weights(mean, weight, n):
-    """Returns the mean of the first n + 1 states of a weight, given that of the first n.
+    """Returns the average of n + 1 states of a weight, given the `mean` of the first n.
 
-    The last fifth of them makes up two thirds of it (Shamir & Zhang, 2013, eta = 4).
+    Late states count more: the last fifth has two thirds of the weight (Shamir & Zhang, 2013,
+    eta = 4).
     """
     return mean + (weight - mean) * 5 / (5 + n)
 
@@ -130,8 +131,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
             # Train Discriminator: max over D of E[log D(x)] + E[log(1 - D(G(z)))]
             # -------------------
-            # Real and fake images go in one pass, since D has no batch normalization, which would
-            # mix them.
+            # One pass for both; with batch normalization in D, real and fake would mix.
             logits = discriminator.logits(torch.cat([real, fake.detach()]))
             real_logits, fake_logits = logits.chunk(2)
             value = value_function(real_logits, fake_logits)
@@ -146,7 +146,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             loss_g.backward()
             optimizer_G.step()
 
-            # Average Generator
+            # Average Generator, every tenth batch, which costs nothing
             # -----------------
             if batches_done % 10 == 0:
                 average.update_parameters(generator)
@@ -168,7 +168,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             runs.save_images(generate(average, fixed_z), ARGS.results_dir / "samples_after.png")
 
         row = (value, loss_g, d_real, d_fake, time.perf_counter() - start)
-        start = time.perf_counter()  # so that the checkpoint counts, for the next epoch
+        start = time.perf_counter()  # the next epoch's time includes this checkpoint
         for name, number in zip(history, row, strict=True):
             history[name].append(number)
         runs.save_checkpoint(ARGS, parts, history)
@@ -230,8 +230,7 @@ def main():
     torch.manual_seed(ARGS.seed)
     # Faster matrix products where PyTorch has them: TF32 on GPUs, bfloat16 on CPUs with AMX.
     torch.set_float32_matmul_precision("medium")
-    # 50,000 images; the report needs the others. Full batches: batch normalization fails on one
-    # image.
+    # The report needs the other images. Full batches only: batch normalization fails on one image.
     dataset, _, _ = mnist(batch_size=ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                           device=ARGS.device)  # fmt: skip
     generator = Generator(ARGS.latent_dim).to(ARGS.device)
@@ -244,7 +243,7 @@ def main():
     print(f"training on {ARGS.device}, results in {ARGS.results_dir}", flush=True)
     average, history = train(dataset, discriminator, generator, optimizer_G, optimizer_D)
 
-    torch.set_float32_matmul_precision("highest")  # the same result on every device
+    torch.set_float32_matmul_precision("highest")  # full float32 for the numbers below
     ends, (digit_from, digit_to) = two_digits(average, dataset)
     runs.save_results(ARGS, average.state_dict(), history, digit_from=digit_from, digit_to=digit_to)
     steps = generate(average, interpolate(*ends))

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import torch
 from torchvision.utils import make_grid, save_image
 
@@ -27,9 +27,9 @@ def fail(message):
 def parse(parser, name, **least):
     """Adds the options that all scripts have and returns the parsed ones; a bad one ends the run.
 
-    Whole numbers must be at least 1, or what `least` says, and fractions lie in 0..1. Without
-    --results_dir the results go to results/`name`, and each option that differs from its default
-    is added to that name, so that a run only overwrites one with the same options.
+    Whole numbers must be at least 1 (the seed 0), or what `least` names for an option; fractions
+    lie in 0..1. Without --results_dir the results go to results/`name`, and each option that
+    differs from its default is added to that name: a run only overwrites one with the same options.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
@@ -58,12 +58,12 @@ def parse(parser, name, **least):
 
 
 def options(args):
-    """Returns the options by name, but for where the results go and whether to resume."""
+    """Returns all options but --results_dir and --resume, by name."""
     return {k: v for k, v in vars(args).items() if k not in ("results_dir", "resume")}
 
 
 def write(path, save):
-    """Writes a file by `save(file)`, whole or not at all: until then the previous one stays."""
+    """Writes by `save(file)` to a temporary name, then renames: a kill leaves one whole file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def save_checkpoint(args, parts, history):
     """Writes checkpoint.pt: the options, the states of the `parts`, the history, random states."""
     checkpoint = {"options": options(args), "history": history, "random": torch.get_rng_state(),
                   "parts": {name: part.state_dict() for name, part in parts.items()}}  # fmt: skip
-    if args.device != "cpu":
+    if torch.device(args.device).type != "cpu":
         module = torch.get_device_module(args.device)
         checkpoint["random_of_device"] = module.get_rng_state(args.device)
     write(args.results_dir / "checkpoint.pt", partial(torch.save, checkpoint))
@@ -122,7 +122,7 @@ def load_checkpoint(args, parts, history):
     for name, column in checkpoint["history"].items():
         history[name].extend(column)
     torch.set_rng_state(checkpoint["random"])
-    if args.device != "cpu":
+    if torch.device(args.device).type != "cpu":
         module = torch.get_device_module(args.device)
         module.set_rng_state(checkpoint["random_of_device"], args.device)
 
@@ -144,11 +144,9 @@ def save_results(args, weights, history, **more):
 def run(main):
     """Runs `main` with the report's style for figures; bad data and Ctrl-C end in one line."""
     try:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()  # whatever a user's matplotlibrc says
-            matplotlib.rcParams.update(STYLE)
+        with matplotlib.style.context(["default", STYLE]):  # whatever a user's matplotlibrc says
             main()
     except DataError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; a training goes on with --resume")
+        fail("interrupted; --resume goes on after the last finished epoch")

@@ -11,7 +11,8 @@ In turns, so that a noisy machine disturbs all alike:
   theirs.
 
 A table is printed, and more numbers are written to benchmarks/DEVICE.json. Options that it does
-not know are passed on to the scripts: `benchmark.py --batch_size 256`.
+not know are passed on to the scripts: `benchmark.py --batch_size 256`. It needs a POSIX system, to
+read the peak memory.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import bmnist, mnist
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 N_ROUNDS = 15
 ROUND_SECONDS = 0.3  # of training steps in each round
 TIMED = ("step", "loader", "floor")

@@ -39,17 +39,13 @@ class Loader:
         return math.floor(n_batches) if self.drop_last else math.ceil(n_batches)
 
     def __iter__(self):
-        return map(self.batch, self.rows())
-
-    def rows(self):
-        """Returns the rows of each batch of a new epoch: index tensors if shuffled, else slices."""
-        n, size = len(self.images), self.batch_size
-        if self.shuffle:
-            return torch.randperm(n, device=self.images.device)[: len(self) * size].split(size)
-        return [slice(i * size, (i + 1) * size) for i in range(len(self))]
+        order = torch.randperm if self.shuffle else torch.arange
+        rows = order(len(self.images), device=self.images.device)
+        for batch in rows[: len(self) * self.batch_size].split(self.batch_size):
+            yield self.batch(batch)
 
     def batch(self, rows):
-        """Returns what the loader yields for these rows."""
+        """Returns what the loader yields for these rows, an int64 `[batch]`."""
         return self.images[rows].to(torch.get_default_dtype()), self.labels[rows]
 
 
@@ -68,8 +64,8 @@ class ShiftedLoader(Loader):
         down, right = shifts.uniform_(-MAX_SHIFT, MAX_SHIFT).round().long()
         # Each pixel comes from `down` rows above and `right` columns to the left; beyond the edge
         # the nearest pixel stands.
-        place = torch.arange(28, device=images.device)
-        row, column = (place - down).clamp(0, 27), (place - right).clamp(0, 27)
+        position = torch.arange(28, device=images.device)
+        row, column = (position - down).clamp(0, 27), (position - right).clamp(0, 27)
         pixels = (28 * row[:, :, None] + column[:, None, :]).flatten(1)
         return images.gather(1, pixels), labels
 

@@ -4,39 +4,39 @@
 
 reads weights.pt and the options in summary.json of each folder, which any of the scripts has left,
 and writes measures.json beside them; of a VAE prior_estimate.pdf and .png, too, and if it has two
-dimensions latent_space.pdf and .png. All is computed in float32 on the CPU, and gives the same
-numbers again but for the time.
+dimensions latent_space.pdf and .png. All is computed in float32 on one thread of the CPU, and gives
+the same numbers again but for the time. The mixtures take about 20 minutes, all others three or
+less.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import textwrap
 import time
-import timeit
+from functools import partial
 from pathlib import Path
-
-os.environ["MPLBACKEND"] = "agg"  # figures go to files
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import a3_gan_template as gan
 import a3_nf_template as nf
 import a3_vae_template as vae
 import runs
 from datasets.bmnist import bmnist
-from datasets.mnist import DataError, ShiftedLoader, mnist
+from datasets.mnist import ShiftedLoader, mnist
 from extension import mixture_flow
 
-SAMPLES = 10_000  # of each model
+DRAWS, SAMPLES, AT_ONCE = 3, 10_000, 1000  # so many times so many samples, a thousand at once
 N_NEIGHBOURS, N_AGREEING = 10, 8
 ELBO_DRAWS, VAE_DRAWS = 10, 1000  # latents of each test image, for the bound and for log p(x)
 FEW_IMAGES, MANY = 100, 50  # on so many test images also so many times VAE_DRAWS latents
@@ -49,6 +49,11 @@ INK = 252  # grey values from here on are a stroke's inside, each far more frequ
 def stderr(values):
     """Returns the standard error of the mean of values `[n]`."""
     return (values.double().std() / len(values) ** 0.5).item()
+
+
+def share(mask):
+    """Returns the share of the true among truth values."""
+    return mask.double().mean().item()
 
 
 def numbers(images):
@@ -72,15 +77,6 @@ def n_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def sample_ms(draw):
-    """Returns the best of five processor times that `draw` takes on one thread, in ms."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = timeit.repeat(draw, number=1, timer=time.process_time)
-    torch.set_num_threads(n_threads)
-    return 1000 * min(seconds)
-
-
 # ------------------------------------ The yardstick ------------------------------------
 def squared_distances(a, b):
     """Yields the squared distances of the rows of `a` to those of `b` in blocks `[500, len(b)]`.
@@ -94,43 +90,63 @@ def squared_distances(a, b):
         yield torch.addmm(norms, block, b.T, alpha=-2).clamp_(min=0)
 
 
-def nearest_neighbours(images, train_images, train_labels, k=N_NEIGHBOURS):
-    """Finds each image's k nearest training images by Euclidean distance in pixel space.
-
-    Returns the distance to the nearest one `[n]` and the labels of all `[n, k]`.
-    """
-    distances, labels = [], []
-    for block in squared_distances(images, train_images):
-        nearest, index = block.topk(k, dim=1, largest=False)
-        distances.append(nearest[:, 0].sqrt())
-        labels.append(train_labels[index])
-    return torch.cat(distances), torch.cat(labels)
-
-
 def yardstick(images):
     """Judges images `[n, 784]` in [0, 1] by their ten nearest of MNIST's first 50,000 images.
 
-    Returns the measures by name, and each image's digit `[n]`, the most frequent one of the ten.
-    `agreement` is the share of the images of which at least eight of the ten are of that digit.
+    Returns, `[n]` each, the digit, which is the most frequent one of the ten, whether at least
+    eight of the ten are of that digit, and the distance to the nearest one (Euclidean, in pixels).
     """
     train, _, _ = mnist(n_train=50_000, shift=False)
-    nearest, labels = nearest_neighbours(images, numbers(train.images) / 255, train.labels)
+    nearest, labels = [], []
+    for block in squared_distances(images, numbers(train.images) / 255):
+        squares, rows = block.topk(N_NEIGHBOURS, dim=1, largest=False)
+        nearest.append(squares[:, 0].sqrt())
+        labels.append(train.labels[rows])
+    labels = torch.cat(labels)
     digits = labels.mode(dim=1).values
-    agreeing = (labels == digits[:, None]).sum(dim=1) >= N_AGREEING
-    shares = digits.bincount(minlength=10).double() / len(digits)
+    clear = (labels == digits[:, None]).sum(dim=1) >= N_AGREEING
+    return digits, clear, torch.cat(nearest)
+
+
+def shares(digits):
+    """Returns the ten digits' shares of digits `[n]`, as a list."""
+    return (digits.bincount(minlength=10).double() / len(digits)).tolist()
+
+
+def judge_samples(draw):
+    """Returns measures of DRAWS times SAMPLES samples, which `draw(n)` makes, `[n, 784]` in [0, 1].
+
+    The agreement is the share of samples that look clearly like one digit. The time is the least
+    that drawing AT_ONCE of them has taken a processor, in ms.
+    """
+    images, seconds = [], []
+    for _ in tqdm(range(DRAWS * SAMPLES // AT_ONCE), desc="samples", leave=False, disable=None):
+        start = time.process_time()
+        images.append(draw(AT_ONCE))
+        seconds.append(time.process_time() - start)
+    digits, clear, nearest = yardstick(torch.cat(images))
     return {
-        "agreement": agreeing.double().mean().item(), "digit_shares": shares.tolist(),
-        "digit_entropy": -torch.xlogy(shares, shares).sum().item(),
-        "digits_present": (shares > 0).sum().item(),
-        # A mean would hide a few copies of training images; the smallest distance would not.
-        "nearest": nearest.mean().item(), "nearest_min": nearest.min().item(),
-    }, digits  # fmt: skip
+        "draws": DRAWS, "samples": SAMPLES, "sample_ms": 1000 * min(seconds),
+        "agreement": share(clear),
+        "agreement_draws": [share(draw) for draw in clear.split(SAMPLES)],
+        "digit_shares": shares(digits),
+        "nearest_min": nearest.min().item(),  # a mean would hide a few copies of training images
+    }  # fmt: skip
 
 
 # ------------------------------------ VAE ------------------------------------
 def vae_images(model, n):
     """Draws `n` Bernoulli means, `[n, 784]` in [0, 1]."""
     return model.sample(n)[1].flatten(1)
+
+
+def vae_losses(model, images, n_draws):
+    """Returns both terms of the negative ELBO, `[2, n]` in nats, as means over draws of noise."""
+
+    def average(x):
+        return torch.stack([torch.stack(model.losses(x)) for _ in range(n_draws)]).mean(dim=0)
+
+    return in_parts(average, images, 1000, "ELBO")
 
 
 def importance_log_likelihood(model, images, n_samples):
@@ -150,10 +166,7 @@ def importance_log_likelihood(model, images, n_samples):
 
 def log_likelihoods(model, images, n_samples):
     """Returns the importance-sampled log p(x) of images `[n, 784]`, `[n]` in nats."""
-
-    def estimate(x):
-        return importance_log_likelihood(model, x, n_samples)
-
+    estimate = partial(importance_log_likelihood, model, n_samples=n_samples)
     return in_parts(estimate, images, max(1, 1000 // n_samples), "log p(x)")  # 1,000 latents each
 
 
@@ -177,41 +190,33 @@ def prior_log_likelihoods(model, images, counts):
 
 def save_prior_estimate(counts, estimates, log_px, filename):
     """Plots the estimates of log p(x) from S latents of the prior against S, beside log p(x)."""
-    figure, axes = vae.plt.subplots(figsize=(2.7, 1.8), layout="constrained")
-    axes.semilogx(counts, estimates, marker="o", ms=3)
-    axes.axhline(log_px, color="0.5", ls="--")
+    figure = Figure(figsize=(2.7, 1.8), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx(counts, estimates, marker="o", ms=3, label="$S$ samples of the prior")
+    axes.axhline(log_px, color="0.5", ls="--", label="importance sampling")
     axes.set(xlabel="number of samples $S$", ylabel=r"$\log\,p(\mathbf{x})$ (nats)")
     axes.set_ylim(-230, -80)  # the same of all runs
+    axes.legend(frameon=False, loc="lower right")
     runs.save_figure(figure, filename)
-
-
-def share_outside(mean):
-    """Returns the share of means `[n, 2]` outside of the manifold's square."""
-    return (mean.abs() > scipy.stats.norm.ppf(39 / 40)).any(dim=1).double().mean().item()
 
 
 def save_latent_space(mean, labels, filename):
     """Saves posterior means `[n, 2]` in the latent plane, coloured by digit, in random order.
 
-    In that of the file, which is sorted, the last digits would hide the others.
+    In that of the file, which is sorted, the last digits would hide the others. Each digit stands
+    at the median of its means.
     """
     order = torch.randperm(len(mean), generator=torch.Generator().manual_seed(0))
-    mean, labels = mean[order], labels[order]
-    figure, axes = vae.plt.subplots(figsize=(4, 3), layout="constrained")
-    colours = {"c": labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
-    points = axes.scatter(*mean.T.numpy(), s=2, lw=0, **colours)
-    figure.colorbar(points, ticks=range(10), label="digit")
+    figure = Figure(figsize=(3.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    colours = {"c": labels[order].numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+    axes.scatter(*mean[order].T.numpy(), s=2, lw=0, **colours)
+    outline = [withStroke(linewidth=2, foreground="white")]
+    for digit in range(10):
+        place = mean[labels == digit].median(dim=0).values.tolist()
+        axes.annotate(digit, place, weight="bold", ha="center", va="center", path_effects=outline)
     axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
     runs.save_figure(figure, filename)
-
-
-def vae_losses(model, images, n_draws):
-    """Returns both terms of the negative ELBO, `[2, n]` in nats, as means over draws of noise."""
-
-    def average(x):
-        return torch.stack([torch.stack(model.losses(x)) for _ in range(n_draws)]).mean(dim=0)
-
-    return in_parts(average, images, 1000, "ELBO")
 
 
 def measure_vae(model, options, folder):
@@ -235,9 +240,7 @@ def measure_vae(model, options, folder):
     measures = {
         "elbo_draws": ELBO_DRAWS, "test_elbo": -(reconstruction + kl).mean().item(),
         "test_elbo_stderr": stderr(reconstruction + kl),
-        "test_reconstruction": reconstruction.mean().item(),
-        "test_reconstruction_stderr": stderr(reconstruction),
-        "test_kl": kl.mean().item(), "test_kl_stderr": stderr(kl),
+        "test_reconstruction": reconstruction.mean().item(), "test_kl": kl.mean().item(),
         "test_log_px": log_px.mean().item(), "test_log_px_stderr": stderr(log_px),
         "iw_samples": VAE_DRAWS,
         "few_images": FEW_IMAGES, "many_draws": MANY * VAE_DRAWS, "few_log_px": few_log_px,
@@ -247,12 +250,13 @@ def measure_vae(model, options, folder):
         "aggregate_variance": (mean.var(dim=0) + (std**2).mean(dim=0)).tolist(),
         "initial_elbo": -initial.sum(dim=0).mean().item(),
         "initial_kl": initial[1].mean().item(),
-        # What logits l at random cost of the bound: log 2 + l^2 / 8 a pixel, in place of log 2.
+        # What logits l at random cost of the bound: log 2 + l^2 / 8 a pixel, not log 2.
         "initial_logit_cost": logits.square().sum(dim=1).mean().item() / 8,
     }  # fmt: skip
     if model.z_dim == 2:
         save_latent_space(mean, test.labels, folder / "latent_space.pdf")
-        measures["share_outside"] = share_outside(mean)
+        edge = scipy.stats.norm.ppf(39 / 40)  # of the manifold's square
+        measures["share_outside"] = share((mean.abs() > edge).any(dim=1))
     return measures
 
 
@@ -280,37 +284,36 @@ def parzen_log_likelihoods(images, centres, sigmas):
     return torch.cat(columns, dim=1)
 
 
-def parzen_estimate(centres, val_images, test_images):
-    """Returns the mean test log-likelihood (nats), its standard error and the bandwidth.
+def parzen_estimate(draws, val_images, test_images):
+    """Returns log p(x) of the test images, `[n_draws, n]` in nats, and the bandwidth.
 
-    The bandwidth is the one that is best for the validation images.
+    The windows are those of each draw of samples. The bandwidth is the one that is best for the
+    validation images under the first.
     """
     sigmas = np.geomspace(0.1, 0.4, 21).tolist()
-    best = parzen_log_likelihoods(val_images, centres, sigmas).mean(dim=1).argmax().item()
-    log_px = parzen_log_likelihoods(test_images, centres, [sigmas[best]])[0].double()
-    return log_px.mean().item(), stderr(log_px), sigmas[best]
+    best = parzen_log_likelihoods(val_images, draws[0], sigmas).mean(dim=1).argmax().item()
+    log_px = [parzen_log_likelihoods(test_images, centres, [sigmas[best]]) for centres in draws]
+    return torch.cat(log_px).double(), sigmas[best]
 
 
 def measure_gan(generator, options, folder):
     """Measures the Parzen windows, and the test images by the yardstick of the samples."""
     train, val, test = mnist(n_train=50_000, shift=False)
     train_images, val_images, test_images = (numbers(x.images) / 255 for x in (train, val, test))
-    samples = gan_images(generator, SAMPLES)
-    parzen, parzen_stderr, sigma = parzen_estimate(samples, val_images, test_images)
-    # As many training images in the samples' place: what perfect samples would reach.
-    real = parzen_estimate(train_images[:SAMPLES], val_images, test_images)
-    voted, digits = yardstick(test_images)
-    shares = test.labels.bincount(minlength=10).double() / len(test.labels)
-    torch.manual_seed(options["seed"])  # the ends of the script's interpolation
-    ends, _ = gan.two_digits(generator, train)
-    _, (digit_from, digit_to) = yardstick(gan.generate(generator, ends))
-    return {f"test_{name}": value for name, value in voted.items()} | {
-        "vote_accuracy": (digits == test.labels).double().mean().item(),
-        "label_shares": shares.tolist(),
-        "digit_from": digit_from.item(), "digit_to": digit_to.item(),
-        "parzen": parzen, "parzen_stderr": parzen_stderr, "parzen_sigma": sigma,
-        "parzen_train": real[0], "parzen_train_stderr": real[1],
-        "generator_parameters": n_parameters(generator),
+    samples = gan_images(generator, DRAWS * SAMPLES).split(SAMPLES)
+    log_px, sigma = parzen_estimate(samples, val_images, test_images)
+    # As many training images instead of samples: what perfect samples would reach.
+    real = train_images.split(SAMPLES)[:DRAWS]
+    real_log_px, _ = parzen_estimate(real, val_images, test_images)
+    digits, clear, nearest = yardstick(test_images)
+    return {
+        "parzen": log_px.mean().item(), "parzen_stderr": stderr(log_px.mean(dim=0)),
+        "parzen_draws": log_px.mean(dim=1).tolist(), "parzen_sigma": sigma,
+        "parzen_train": real_log_px.mean().item(),
+        "parzen_train_stderr": stderr(real_log_px.mean(dim=0)),
+        "test_agreement": share(clear), "test_digit_shares": shares(digits),
+        "test_nearest_min": nearest.min().item(), "vote_accuracy": share(digits == test.labels),
+        "label_shares": shares(test.labels), "generator_parameters": n_parameters(generator),
         "discriminator_parameters": n_parameters(gan.Discriminator()),
     }  # fmt: skip
 
@@ -318,9 +321,13 @@ def measure_gan(generator, options, folder):
 # ------------------------------------ Flow ------------------------------------
 def flow_images(model, n):
     """Draws `n` images, `[n, 784]` in [0, 1]."""
-    sizes = [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0)  # all at once take gigabytes
-    parts = tqdm(sizes, desc="samples", leave=False, disable=None)
-    return torch.cat([model.sample(size) for size in parts]) / 256
+    return model.sample(n) / 256
+
+
+def shifted(images, labels):
+    """Returns images `[n, 784]` of bytes as numbers, shifted as in training, and their labels."""
+    (batch,) = ShiftedLoader(images, labels, batch_size=len(images))
+    return batch
 
 
 def draws_of_bits(model, images, n_draws):
@@ -342,26 +349,13 @@ def tighter_bits(bits):
     return nf.bits_per_dim(log_px.logsumexp(dim=0) - math.log(len(bits)))
 
 
-def end_bits(model):
-    """Returns bits/dim at the end of the training: of training images as they are, and shifted.
-
-    And of the validation images, which are never shifted.
-    """
-    train, val, _ = mnist(shift=False)
-    images = train.images[:END_IMAGES]
-    shifted = ShiftedLoader(images, train.labels[:END_IMAGES], batch_size=len(images))
-    splits = {"end_train_bpd": images, "end_shifted_bpd": next(iter(shifted))[0],
-              "end_val_bpd": val.images}  # fmt: skip
-    return {name: draws_of_bits(model, x, 1).mean().item() for name, x in splits.items()}
-
-
 def pixel_bits(model, images):
     """Returns the bits `[n, 784]` of each pixel of images `[n, 784]` under a mixture flow.
 
-    A pixel's bits are -log2 of its latent's prior and of the slopes of its own maps, the logit and
-    the couplings that change it. By the chain rule that is its density given the pixels that its
-    coupling reads, if only one changes it: so with all but the last grid's, whose 49 pixels have
-    such bits in their sum alone.
+    A pixel's bits are the sum of -log2 of its latent's prior and of the slopes of its own maps, the
+    logit and the couplings that change it. By the chain rule that is its density given the pixels
+    that its coupling reads, if only one changes it: so with all but the last grid's, whose 49
+    pixels have such bits in their sum alone.
     """
     noisy = model.dequantize(images)
     z, log_slopes = model.logit_normalize(noisy.view(-1, 1), noisy.new_zeros(noisy.numel()))
@@ -387,23 +381,32 @@ def where_the_bits_go(model, images):
     bits = in_parts(lambda x: pixel_bits(model, x).T, images, 250, "pixels").T
     measures = {}
     for kind, mask in kinds_of_pixels(images).items():
-        measures[f"{kind}_share"] = mask.double().mean().item()
+        measures[f"{kind}_share"] = share(mask)
         measures[f"{kind}_bpd"] = (bits * mask).double().mean().item()
     return measures
 
 
 def measure_flow(model, options, folder):
-    """Measures what a flow's bits/dim depend on: the images, the noise on them, their pixels."""
-    images = mnist()[2].images
-    (bits,) = draws_of_bits(model, images, 1)
-    few = spread(images, FLOW_IMAGES)
+    """Measures what a flow's bits/dim depend on, and the test images, shifted, by the yardstick.
+
+    A flow learns shifted images, so these are what perfect samples would look like.
+    """
+    train, val, test = mnist(shift=False)
+    images, labels = shifted(test.images, test.labels)
+    digits, clear, _ = yardstick(images / 255)
+    few = spread(test.images, FLOW_IMAGES)
     draws = draws_of_bits(model, few, FLOW_DRAWS).double()
+    end = {"train": train.images[:END_IMAGES], "val": val.images,
+           "shifted": shifted(train.images[:END_IMAGES], train.labels[:END_IMAGES])[0]}  # fmt: skip
     pixels = where_the_bits_go(model, few) if "n_mix" in options else {}
-    return end_bits(model) | pixels | {
-        "end_images": END_IMAGES, "test_bpd_stderr": stderr(bits),
-        "test_bpd_iw": tighter_bits(draws).mean().item(),
-        "test_bpd_iw_single": draws.mean().item(),  # of a single draw, averaged over all of them
-        "iw_samples": FLOW_DRAWS, "iw_images": FLOW_IMAGES,
+    return {
+        "shifted_agreement": share(clear), "shifted_digit_shares": shares(digits),
+        "shifted_vote_accuracy": share(digits == labels),
+        "test_bpd_stderr": stderr(draws_of_bits(model, test.images, 1)[0]),
+        # By so much the bound of FLOW_DRAWS draws of the noise is tighter than that of one.
+        "iw_gain": (draws.mean() - tighter_bits(draws).mean()).item(),
+        "iw_samples": FLOW_DRAWS, "iw_images": FLOW_IMAGES, "end_images": END_IMAGES,
+        **{f"end_{x}_bpd": draws_of_bits(model, end[x], 1).mean().item() for x in end}, **pixels,
     }  # fmt: skip
 
 
@@ -429,38 +432,31 @@ def all_measures(folder, model, options, draw, measure):
     """Returns what measures.json has, by name: of which weights it is, and what they can do."""
     torch.manual_seed(0)
     measures = measure(model, options, folder)
-    judged, _ = yardstick(draw(model, SAMPLES))
     return {
         "weights_sha256": hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest(),
-        **measures, **judged, "samples": SAMPLES,
         "parameters": n_parameters(model) + measures.get("discriminator_parameters", 0),
-        "sample_ms": sample_ms(lambda: draw(model, 1000)),
+        **measures, **judge_samples(partial(draw, model)),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def main(folders):
-    for folder in folders:
+def main():
+    torch.set_num_threads(1)
+    for folder in ARGS.folders:
         try:
             run = load(folder)
         except Exception as error:  # a damaged file fails in a dozen ways
             what = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             runs.fail(f"{folder} has no weights.pt and summary.json that can be read: {what}")
         text = json.dumps(all_measures(folder, *run), indent=2) + "\n"
-        runs.write(folder / "measures.json", text.encode())
+        runs.write(folder / "measures.json", lambda file, text=text: file.write(text.encode()))
         print(f"{folder}/measures.json\n{text}", end="", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.error = runs.fail
     parser.add_argument("folders", nargs="+", type=Path, help="a run's results, as results/vae")
-    try:
-        with vae.plt.rc_context(runs.FONT):
-            main(parser.parse_args().folders)
-    except DataError as error:
-        runs.fail(error)
-    except OSError as error:
-        runs.fail(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        runs.fail("interrupted", 130)
+
+    ARGS = parser.parse_args()
+    runs.run(main)

@@ -1,5 +1,6 @@
-"""The GAN: its value function, its two updates, its interpolation, the script."""
+"""The GAN: its value function, its two updates and the average, its interpolation and figures."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import scipy.spatial.distance
 import scipy.special
 import torch
 import torch.nn.functional as F
-from conftest import GAN, Results, small, stop_in, way_off
+from conftest import ROOT, few, run, way_off
 from torch import nn
 
 import a3_gan_template as gan
@@ -16,16 +17,14 @@ import runs
 from datasets.mnist import mnist
 
 
-# ------------------------ Loss ------------------------
-def test_value_is_equation_1_of_the_paper():
+# ------------------------ The losses ------------------------
+def test_losses_are_those_of_the_paper():
     real, fake = torch.randn(9).double(), torch.randn(5).double()
     d_real, d_fake = (scipy.special.expit(logits.numpy()) for logits in (real, fake))
-    exact = np.log(d_real).mean() + np.log(1 - d_fake).mean()
-    assert gan.value_function(real, fake).item() == pytest.approx(exact, rel=1e-12)
-    undecided = torch.zeros(7)  # D = 1/2
-    assert gan.value_function(undecided, undecided).item() == pytest.approx(-math.log(4))
-    exact = -np.log(d_fake).mean()
-    assert gan.generator_loss(fake).item() == pytest.approx(exact, rel=1e-12)
+    value = np.log(d_real).mean() + np.log(1 - d_fake).mean()
+    assert gan.value_function(real, fake).item() == pytest.approx(value, rel=1e-12)
+    loss = -np.log(d_fake).mean()
+    assert gan.generator_loss(fake).item() == pytest.approx(loss, rel=1e-12)
 
 
 def test_losses_and_gradients_are_exact_at_logits_of_50():
@@ -38,15 +37,125 @@ def test_losses_and_gradients_are_exact_at_logits_of_50():
     assert gan.generator_loss(real).item() == 50
 
 
-# ------------------------ Networks ------------------------
+# ------------------------ The networks ------------------------
+def test_networks_are_the_templates_with_dropout_in_the_discriminator():
+    layers = [nn.Linear(50, 128), nn.LeakyReLU(0.2)]
+    for n_in, n_out in ((128, 256), (256, 512), (512, 1024)):
+        layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
+    generator = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh())
+    assert str(gan.Generator(50).layers) == str(generator)
+    discriminator = nn.Sequential(
+        nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Dropout(0.4),
+        nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.4), nn.Linear(256, 1),
+    )  # fmt: skip
+    assert str(gan.Discriminator(0.4).layers) == str(discriminator)
+
+
 def test_discriminator_gives_the_probability_of_its_logit():
     discriminator, images = gan.Discriminator().eval(), 2 * torch.rand(30, 784) - 1
-    expected = scipy.special.expit(discriminator.logits(images).detach().numpy())
-    np.testing.assert_allclose(discriminator(images).detach(), expected, rtol=1e-5)
+    logits = discriminator.logits(images).detach()
+    torch.testing.assert_close(discriminator(images).detach(), 1 / (1 + torch.exp(-logits)))
     assert discriminator(images[:1]).shape == (1,)
 
 
-# ------------------------ Interpolation ------------------------
+def test_committed_weights_are_those_of_a_generator_of_digits():
+    """An average that lost its running means or variances draws other shades of grey."""
+    folder, images = ROOT / "results" / "gan", mnist()[2].images / 255
+    latent_dim = json.loads((folder / "summary.json").read_text())["options"]["latent_dim"]
+    generator = gan.Generator(latent_dim).eval()
+    generator.load_state_dict(torch.load(folder / "weights.pt"))
+    samples = gan.generate(generator, torch.randn(1000, latent_dim))
+    assert (samples.mean(dim=0) - images.mean(dim=0)).abs().max() < 0.15
+    assert samples.mean().item() == pytest.approx(images.mean().item(), rel=0.1)
+
+
+# ------------------------ Training ------------------------
+def kept(network):
+    """Returns copies of the weights and running variances of a network, or of its state.
+
+    Biases stay out: batch normalization takes them away again, so rounding errors alone move them.
+    """
+    state = network if isinstance(network, dict) else network.state_dict()
+    return [x.clone() for name, x in state.items() if name.endswith(("weight", "running_var"))]
+
+
+def test_training_is_that_of_a_plain_loop(float64, monkeypatch, tmp_path):
+    """D before G, the same noise for both, the falling rate, the average of every tenth batch.
+
+    The samples are the average's, at moments counted in batches over all epochs.
+    """
+    precisions, images, two_digits = [], {}, gan.two_digits
+
+    def watch(*args):
+        precisions.append(torch.get_float32_matmul_precision())
+        return two_digits(*args)
+
+    def check_finite(*losses):
+        precisions.append(torch.get_float32_matmul_precision())
+
+    monkeypatch.setattr(gan, "two_digits", watch)
+    monkeypatch.setattr(runs, "check_finite", check_finite)
+    monkeypatch.setattr(runs, "save_figure", lambda *args: None)
+    save = lambda grid, path, **layout: images.update({path.name: grid.clone()})  # noqa: E731
+    monkeypatch.setattr(runs, "save_images", save)
+    options = {"n_epochs": 3, "lr": 1e-3, "latent_dim": 50, "dropout": 0.4, "save_interval": 8}
+    run(gan, tmp_path, seed=5, **options)
+    assert precisions == ["medium", "medium", "medium", "highest"]
+
+    torch.manual_seed(5)
+    train = few(mnist)(batch_size=4, n_train=50_000, shift=False, drop_last=True)[0]
+    networks = generator, discriminator = gan.Generator(50), gan.Discriminator(0.4)
+    average = gan.Generator(50)  # its weights' random numbers are put back
+    torch.manual_seed(5)
+    gan.Generator(50), gan.Discriminator(0.4)
+    z = torch.randn(25, 50)
+    start_g, start_d = kept(generator), kept(discriminator)
+    adam_g, adam_d = (torch.optim.Adam(x.parameters(), betas=(0.5, 0.999)) for x in networks)
+    numbers, batches, grids = [], 0, {}
+    for epoch in range(3):
+        metrics = []
+        for pixels, _ in train:
+            for adam in (adam_g, adam_d):
+                adam.param_groups[0]["lr"] = 1e-3 * min(1, 2 - 2 * epoch / 3)
+            fake = generator(torch.randn(4, 50))
+            logits = discriminator.logits(torch.cat([pixels / 127.5 - 1, fake.detach()]))
+            value = gan.value_function(logits[:4], logits[4:])
+            adam_d.zero_grad()
+            (-value).backward()
+            adam_d.step()
+            loss_g = gan.generator_loss(discriminator.logits(fake))
+            adam_g.zero_grad()
+            loss_g.backward()
+            adam_g.step()
+            d_real, d_fake = torch.sigmoid(logits).view(2, 4).mean(1).tolist()
+            metrics.append([value.item(), loss_g.item(), d_real, d_fake])
+            batches += 1
+            if batches % 10 == 0:
+                n, now = batches // 10 - 1, generator.state_dict()
+                before = average.state_dict() if n else now
+                mean = {
+                    name: before[name] + (now[name] - before[name]) * 5 / (5 + n) for name in now
+                }
+                average.load_state_dict(mean)
+            if batches % 8 == 0 and batches >= 10:
+                with torch.no_grad():
+                    grids[f"{batches:06d}.png"] = (average.eval()(z) + 1) / 2
+        numbers.append(np.mean(metrics, axis=0))
+
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    columns = ("value", "loss_g", "d_real", "d_fake")
+    found = np.transpose([checkpoint["history"][name] for name in columns])
+    np.testing.assert_allclose(found, numbers, rtol=1e-9)
+    parts, weights = checkpoint["parts"], torch.load(tmp_path / "weights.pt")
+    assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-9
+    assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-9
+    assert way_off(start_g, kept(average), kept(weights)) < 1e-9
+    assert {name for name in images if name[0] == "0"} == {"000008.png", *grids}
+    for name, grid in grids.items():
+        torch.testing.assert_close(images[name], grid, rtol=0, atol=1e-6)
+
+
+# ------------------------ Interpolation and figures ------------------------
 @pytest.mark.parametrize("latent_dim", [2, 100])
 def test_interpolation_goes_in_equal_angles_and_keeps_the_length(latent_dim):
     ends = 10 * F.normalize(torch.randn(2, latent_dim).double())
@@ -59,11 +168,10 @@ def test_interpolation_goes_in_equal_angles_and_keeps_the_length(latent_dim):
 
 
 def test_two_digits_are_those_of_the_nearest_training_images():
-    """If there is but one, it is both."""
-    generator, (train, _, _) = gan.Generator().eval(), mnist(shift=False)
+    """If all samples are of one digit, it is both."""
+    generator, train = gan.Generator().eval(), few(mnist)(shift=False)[0]
     with torch.no_grad():  # so that the images differ as much as digits do
         generator.layers[-2].weight *= 20
-    small([train], n_batches=20)
     for _ in range(5):
         z, digits = gan.two_digits(generator, train)
         images = generator(z).detach().double() / 2 + 0.5
@@ -75,114 +183,29 @@ def test_two_digits_are_those_of_the_nearest_training_images():
     assert (z.shape, digits) == ((2, 100), [7, 7])
 
 
-def test_training_plot_shows_v_and_both_outputs_and_the_equilibrium(finished, monkeypatch):
-    """Without the first of 20 epochs."""
-    run = finished(GAN)
-    value, _, d_real, d_fake = ([float(row[name]) for row in run.metrics] for name in GAN.metrics)
-    assert run.lines("training") == {
-        "_child0 of $V(D, G)$ (nats)": value,
-        "_child1 of $V(D, G)$ (nats)": [-math.log(4), -math.log(4)],
-        r"$D(\mathbf{x})$ of mean output of $D$": d_real,
-        r"$D(G(\mathbf{z}))$ of mean output of $D$": d_fake,
-        "_child2 of mean output of $D$": [0.5, 0.5],
-    }
-    monkeypatch.setattr(runs, "save_figure", lambda figure, _: saved.append(figure))
-    columns, saved = ("epoch", "value", "d_real", "d_fake"), []
-    gan.save_training_plot(dict.fromkeys(columns, range(20)), "training.pdf")
-    assert saved[0].axes[0].get_lines()[0].get_ydata()[0] == 1
-    gan.plt.close(saved[0])
-
-
-# ------------------------ The script ------------------------
-def plain_networks():
-    """The two networks of the template, of which the script's are to have the initial weights."""
-    layers = [nn.Linear(50, 128), nn.LeakyReLU(0.2)]
-    for n_in, n_out in ((128, 256), (256, 512), (512, 1024)):
-        layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
-    generator = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh())
-    discriminator = nn.Sequential(
-        nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Dropout(0.3),
-        nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(256, 1),
-    )  # fmt: skip
-    return generator, discriminator
-
-
-def kept(network):
-    """Copies of the weights and running variances of a network, or of its state.
-
-    Not the biases: what goes through batch normalization has no use for them, and noise moves them.
-    """
-    state = network if isinstance(network, dict) else network.state_dict()
-    return [x.clone() for name, x in state.items() if name.endswith(("weight", "running_var"))]
-
-
-@pytest.mark.parametrize("seed", [5])
-def test_training_is_that_of_a_plain_loop(seed, float64, tmp_path):
-    """Three epochs of two batches: the paper's two losses, dropout, the schedule, the average.
-
-    The half batch behind these is left out.
-    """
-    lr = 0.001
-    GAN.run_well(*GAN.options(tmp_path, 3, "--seed", seed, "--lr", lr, "--latent_dim", 50))
-
-    data = mnist(batch_size=20, n_train=50_000, shift=False, drop_last=True)
-    small(data)
-    torch.manual_seed(seed)
-    networks = generator, discriminator = plain_networks()
-    start_g, start_d = kept(generator), kept(discriminator)
-    average = start_g
-    adam_g, adam_d = (torch.optim.Adam(x.parameters(), betas=(0.5, 0.999)) for x in networks)
-    of_real, of_fake, numbers = torch.ones(20), torch.zeros(20), []
-    for epoch in range(3):
-        torch.manual_seed(seed * 3 + epoch + 1)
-        metrics = []
-        for step, (pixels, _) in enumerate(data[0], 2 * epoch):
-            for adam in (adam_g, adam_d):
-                adam.param_groups[0]["lr"] = lr * min(1, 2 - 2 * epoch / 3)
-                adam.zero_grad()
-            fake = generator(torch.randn(20, 50))
-            logits = discriminator(torch.cat([pixels / 127.5 - 1, fake.detach()]))[:, 0]
-            loss_d = F.binary_cross_entropy_with_logits(logits[:20], of_real)
-            loss_d = loss_d + F.binary_cross_entropy_with_logits(logits[20:], of_fake)
-            loss_d.backward()
-            adam_d.step()
-            loss_g = F.binary_cross_entropy_with_logits(discriminator(fake)[:, 0], of_real)
-            loss_g.backward()
-            adam_g.step()
-            pairs = zip(average, kept(generator), strict=True)
-            average = [x + (y - x) * 5 / (5 + step) for x, y in pairs]
-            d = torch.sigmoid(logits.detach())
-            metrics.append([-loss_d.item(), loss_g.item(), *d.view(2, 20).mean(1).tolist()])
-        numbers += np.mean(metrics, axis=0).tolist()
-    assert Results(tmp_path).numbers == pytest.approx(numbers, rel=1e-9)
-
-    parts, found = Results(tmp_path).checkpoint["parts"], Results(tmp_path).weights
-    assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-9
-    assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-9
-    assert way_off(start_g, average, kept(found)) < 1e-9
-
-
-def test_a_resumed_run_goes_on_with_the_grids_and_no_run_removes_a_file(tmp_path):
-    """The grids, every third batch of two an epoch, are like the sample figures."""
-    progress, options = tmp_path / "progress", GAN.options(tmp_path, 3, "--save_interval", 3)
-    progress.mkdir()
-    (progress / "mine.png").write_text("mine")
-    assert GAN.run(*options, loaders=stop_in(2)).status == 130
-    assert sorted(path.name for path in progress.glob("*.png")) == ["000003.png", "mine.png"]
-    GAN.run_well(*options, "--resume")
-    names = ["000003.png", "000006.png", "mine.png"]
-    assert sorted(path.name for path in progress.glob("*.png")) == names
-    assert (progress / "mine.png").read_text() == "mine"
-    grids = Results(tmp_path).pictures
-    assert np.array_equal(grids("progress/000006"), grids("samples_after"))
-
-
 def test_interpolation_goes_from_one_digit_of_the_summary_to_the_other(finished):
-    """Each end's digit is that of its nearest training image."""
-    (picture,) = finished(GAN).pictures("interpolation")
-    tiles = torch.tensor(picture[1:29, 1:]).view(28, 9, 29)[..., :28]
-    ends = tiles[:, [0, 8]].transpose(0, 1).flatten(1)
-    train = mnist(n_train=50_000, shift=False)[0]
-    nearest = torch.cdist(ends, train.images[:50].float() / 255).argmin(dim=1)
-    final = finished(GAN).summary["final"]
+    images = finished(gan).images["interpolation.png"]
+    train = few(mnist)(n_train=50_000, shift=False)[0]
+    nearest = torch.cdist(images[[0, -1]], train.images / 255).argmin(dim=1)
+    final = json.loads((finished(gan).folder / "summary.json").read_text())["final"]
     assert train.labels[nearest].tolist() == [final["digit_from"], final["digit_to"]]
+    assert len(images) == len(images.unique(dim=0)) == 9
+
+
+@pytest.mark.parametrize("n_epochs", [3, 20])
+def test_training_plot_leaves_out_the_first_of_20_epochs(n_epochs, monkeypatch):
+    columns, saved = ("value", "loss_g", "d_real", "d_fake"), []
+    history = {name: list(range(i, n_epochs + i)) for i, name in enumerate(columns)}
+    monkeypatch.setattr(runs, "save_figure", lambda figure, path: saved.append(figure))
+    gan.save_training_plot(history, "training.png")
+    left, right = saved[0].axes
+    epochs, first = list(range(1, n_epochs + 1)), n_epochs // 20
+    shown = [
+        [list(map(list, line.get_data())) for line in axes.get_lines()] for axes in saved[0].axes
+    ]
+    curve = {name: [epochs[first:], history[name][first:]] for name in columns}
+    assert shown[0] == [curve["value"], [[0, 1], [-math.log(4)] * 2]]
+    assert shown[1] == [curve["d_real"], curve["d_fake"], [[0, 1], [0.5, 0.5]]]
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == [r"$D(\mathbf{x})$", r"$D(G(\mathbf{z}))$"]
+    assert (left.get_ylabel(), right.get_ylabel()) == ("$V(D, G)$ (nats)", "mean output of $D$")
