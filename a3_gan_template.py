@@ -187,11 +187,15 @@ def generate(generator, z):
 def two_digits(generator, dataset, n_samples=100):
     """Returns the latents `[2, latent_dim]` of two samples of different digits, and the digits.
 
-    A sample's digit is that of the nearest training image (Question 2.7).
+    A sample's digit is that of the nearest training image. The samples are the clearest: those
+    whose ten nearest training images agree best on it (Question 2.7).
     """
     z = torch.randn(n_samples, generator.latent_dim, device=dataset.images.device)
     distances = torch.cdist(generate(generator, z), dataset.images / 255)
-    digits = dataset.labels[distances.argmin(dim=1)]
+    digits = dataset.labels[distances.topk(10, largest=False).indices]
+    agreement = (digits == digits[:, :1]).sum(dim=1)
+    order = agreement.argsort(descending=True, stable=True)
+    z, digits = z[order], digits[order, 0]
     others = (digits != digits[0]).nonzero().flatten().tolist()
     rows = [0, others[0] if others else 1]  # in a mode collapse there may be one digit only
     return z[rows], digits[rows].tolist()

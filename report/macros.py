@@ -24,11 +24,12 @@ RUNS = {  # a folder of the results, the beginning of its macros, the script tha
     "nf": ("Nf", "a3_nf_template.py"),
     "nf_mixture": ("NfMixture", "extension/mixture_flow.py"),
 }
+KINDS = ("background", "beside", "rim", "ink")  # of pixels, see measure.py
 TARGET = 1.85  # bits/dim on validation that the assignment asks for
 DECIMALS = {  # by the unit, which a name tells; nats, per cent, seconds and minutes have one
     "agreement$|_ms$": 0,
-    "_bits$|nearest|variance": 2,
-    "bpd|bits_sum|iw_gain|end_gap|shift_cost|test_ahead": 3,  # bits/dim
+    "_bits$|nearest": 2,
+    "bpd|bits_sum|iw_gain|end_gap|test_ahead": 3,  # bits/dim
     "value|^d_|sigma": 3,
 }
 PER_CENT = "agreement|accuracy|share"  # names of measures that are shares of one
@@ -44,14 +45,14 @@ def of_all(numbers, history):
     """Returns the numbers that follow from those of any run and from its columns by epoch."""
     seconds = statistics.median(history["seconds"])  # the machine does other work at times
     epochs = len(history["epoch"])
-    new = {"epochs": epochs, "epoch_seconds": seconds, "training_minutes": seconds * epochs / 60}
+    new = {
+        "epochs": epochs, "epoch_seconds": seconds, "training_minutes": seconds * epochs / 60,
+        "share_zeros": numbers["digit_shares"][0],
+    }  # fmt: skip
     for name, values in numbers.items():
-        if name.endswith("digit_shares") or name == "label_shares":
-            name = name.replace("digit_", "")
-            new[f"{name}_row"] = " & ".join(rounded(name, value) for value in values)
-            new[f"{name[:-1]}_eights"] = values[8]
-        if name in ("agreement_draws", "parzen_draws"):
-            new[name.replace("draws", "spread")] = max(values) - min(values)
+        if name.endswith("shares"):  # a row of a table
+            row = " & ".join(rounded("share", value) for value in values)
+            new[name.replace("digit_", "") + "_row"] = row
     return new
 
 
@@ -61,11 +62,9 @@ def of_vae(numbers, history):
     return {
         "gap": numbers["train_elbo"] - numbers["val_elbo"],
         "elbo_ahead": numbers["test_elbo"] - numbers["val_elbo"],
-        "first_train_elbo": history["train_elbo"][0], "first_val_elbo": history["val_elbo"][0],
+        "first_train_elbo": history["train_elbo"][0],
         "test_kl_samples": f"{math.exp(numbers['test_kl']):.0e}".replace("e+", r"\times10^{") + "}",
-        "variance_min": min(numbers["aggregate_variance"]),
-        "variance_max": max(numbers["aggregate_variance"]),
-        "prior_last": prior, "prior_last_tens": round(math.log10(numbers["prior_draws"][-1])),
+        "prior_last_tens": round(math.log10(numbers["prior_draws"][-1])),
         "prior_short": few_log_px - prior,
         # than as many draws as log p(x) is estimated with
         "prior_ahead": prior - (few_log_px - numbers["iw_bias"]),
@@ -78,6 +77,8 @@ def of_gan(numbers, history):
     return {
         "value_min": min(values), "value_min_epoch": values.index(min(values)) + 1,
         "value_max": max(values), "value_above": numbers["value"] + math.log(4),
+        "parzen_spread": max(numbers["parzen_draws"]) - min(numbers["parzen_draws"]),
+        "test_share_zeros": numbers["test_digit_shares"][0],
     }  # fmt: skip
 
 
@@ -85,7 +86,6 @@ def of_flow(numbers, history):
     """Returns what follows from the numbers of a flow."""
     val = history["val_bpd"]
     new = {
-        "shift_cost": numbers["end_shifted_bpd"] - numbers["end_train_bpd"],
         "end_gap": numbers["end_val_bpd"] - numbers["end_train_bpd"],
         "first_train_bpd": history["train_bpd"][0],
         "epoch_below": next((n for n, bpd in enumerate(val, 1) if bpd < TARGET), "(none)"),
@@ -93,18 +93,11 @@ def of_flow(numbers, history):
         "test_ahead": numbers["val_bpd"] - numbers["test_bpd"],
     }
     if "rim_bpd" in numbers:
-        kinds = [name[:-4] for name in numbers if f"{name[:-4]}_share" in numbers]
-        for kind in kinds:  # bits of a pixel of this kind
-            new[f"{kind}_bits"] = numbers[f"{kind}_bpd"] / numbers[f"{kind}_share"] * 100
-        new["bits_sum"] = sum(numbers[f"{kind}_bpd"] for kind in kinds)
+        for kind in KINDS:  # bits of a pixel of this kind
+            new[f"{kind}_bits"] = 100 * numbers[f"{kind}_bpd"] / numbers[f"{kind}_share"]
+        new["bits_sum"] = sum(numbers[f"{kind}_bpd"] for kind in KINDS)
         new["rim_part"] = 100 * numbers["rim_bpd"] / new["bits_sum"]
     return new
-
-
-def coverage(shares, real):
-    """Returns by how many points, and at which digit, shares differ most from those of images."""
-    apart = [abs(share - real[digit]) for digit, share in enumerate(shares)]
-    return {"share_difference": max(apart), "share_difference_digit": apart.index(max(apart))}
 
 
 def in_per_cent(name, value):
@@ -112,13 +105,6 @@ def in_per_cent(name, value):
     if not re.search(PER_CENT, name):
         return value
     return [100 * x for x in value] if isinstance(value, list) else 100 * value
-
-
-def check_weights(folder, sha256):
-    """Ends the program if the weights beside the measures are not those of this SHA-256."""
-    if hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest() != sha256:
-        sys.exit(f"report: {folder}/measures.json is of other weights than those beside it; "
-                 f"python report/measure.py results/{folder.name} makes it anew")  # fmt: skip
 
 
 def load(run):
@@ -134,9 +120,11 @@ def load(run):
         with (folder / name).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         history = {column: [float(row[column]) for row in rows] for column in rows[0]}
+        sha256 = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
         name, script = "measures.json", f"report/measure.py results/{run}"
         measures = json.loads((folder / name).read_text(encoding="utf-8"))
-        check_weights(folder, measures.pop("weights_sha256"))
+        if measures.pop("weights_sha256") != sha256:
+            raise ValueError("the weights beside it are others")
         numbers |= {x: in_per_cent(x, value) for x, value in measures.items()}
         follow = of_vae if run.startswith("vae") else of_gan if run == "gan" else of_flow
         return numbers | of_all(numbers, history) | follow(numbers, history)
@@ -144,7 +132,7 @@ def load(run):
         sys.exit(f"report: {error.filename} is missing; python {script} makes it")
     except (LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {str(error).splitlines()[0]}"
-        sys.exit(f"report: {folder / name} is damaged ({what}); python {script} makes it anew")
+        sys.exit(f"report: {folder / name} cannot be used ({what}); python {script} makes it anew")
 
 
 def macro(start, name, number):
@@ -171,7 +159,8 @@ def main(author):
     for run, numbers in runs.items():
         # The flows learn shifted images, all others images as they are.
         real = numbers.get("shifted_digit_shares", runs["gan"]["test_digit_shares"])
-        numbers |= coverage(numbers["digit_shares"], real)
+        apart = [abs(share - real[digit]) for digit, share in enumerate(numbers["digit_shares"])]
+        numbers["share_difference"] = max(apart)
         lines += [macro(RUNS[run][0], name, number) for name, number in numbers.items()
                   if not isinstance(number, list)]  # fmt: skip
         full = 200 if run == "gan" else 40

@@ -1,9 +1,8 @@
-"""Tests of datasets/: the files, the splits, the loaders, the bits and every DataError."""
+"""The data: the published files, the splits, the order, the shifts, the binary draws."""
 
 import collections
 import hashlib
 import itertools
-import re
 import struct
 
 import numpy as np
@@ -15,94 +14,73 @@ from torchvision.transforms import functional
 
 from datasets import bmnist as bmnist_module
 from datasets import mnist as mnist_module
-from datasets.bmnist import bmnist
+from datasets.bmnist import BinaryLoader, bmnist
 from datasets.mnist import DataError, Loader, load, mnist
-
-NPZ = mnist_module.FILE
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    with np.load(NPZ) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def error_of(function, *args, **kwargs):
-    """Return the message of the DataError that the call must raise, which must be one line."""
-    with pytest.raises(DataError) as info:
-        function(*args, **kwargs)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 def epoch(loader):
-    """Return the batches of one epoch, joined."""
+    """Returns the batches of one epoch, joined."""
     batches = list(loader)
     if isinstance(batches[0], tuple):
         return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
     return torch.cat(batches)
 
 
-# ------------------------ The file ------------------------
-def test_arrays_make_the_published_idx_files(arrays):
+# ------------------------ The files ------------------------
+def test_grey_arrays_make_the_published_idx_files():
     published = {
         "train_images": (2051, "6bbc9ace898e44ae57da46a324031adb"),
         "train_labels": (2049, "a25bea736e30d166cdddb491f175f624"),
         "test_images": (2051, "2646ac647ad5339dbf082846283269ea"),
         "test_labels": (2049, "27ae3e4e09519cfbb04c329615203637"),
     }
-    for name, (magic, md5) in published.items():
-        header = struct.pack(f">{1 + arrays[name].ndim}i", magic, *arrays[name].shape)
-        assert hashlib.md5(header + arrays[name].tobytes()).hexdigest() == md5
     images, labels = load()
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
-    for split, rows in (("train", slice(60_000)), ("test", slice(60_000, None))):
-        assert np.array_equal(images[rows], arrays[f"{split}_images"].reshape(-1, 784))
-        assert np.array_equal(labels[rows], arrays[f"{split}_labels"])
+    images, labels = images.view(-1, 28, 28).split([60_000, 10_000]), labels.split([60_000, 10_000])
+    arrays = images[0], labels[0].byte(), images[1], labels[1].byte()
+    for array, (magic, md5) in zip(arrays, published.values(), strict=True):
+        header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
+        assert hashlib.md5(header + array.numpy().tobytes()).hexdigest() == md5
 
 
-DAMAGES = [
-    (lambda _: None, "No such file"),
-    (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "no npz archive"),
-    (lambda _: NPZ.read_bytes()[:1_000_000], ""),
-    (lambda _: {"train_images": np.zeros(3)}, "train_labels"),
-    (lambda a: {**a, "train_labels": np.int64(a["train_labels"])}, "train_labels has the wrong"),
-    (lambda a: {**a, "test_images": a["test_images"] ^ 1}, "test_images has the wrong SHA-256"),
-]
+def test_binary_images_make_larochelles_published_files():
+    """They are text: 784 digits a line, with a blank between two."""
+    published = [  # as TensorFlow Datasets lists them
+        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+        "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+    ]
+    for loader, sha256 in zip(bmnist("the template's root"), published, strict=True):
+        text = np.full((len(loader.images), 2 * 784), ord(" "), dtype=np.uint8)
+        text[:, ::2] = ord("0") + loader.images.numpy()
+        text[:, -1] = ord("\n")
+        assert hashlib.sha256(text).hexdigest() == sha256
 
 
-@pytest.mark.parametrize(("damage", "what"), DAMAGES)
-def test_missing_or_damaged_file(file, arrays, damage, what):
-    content = damage(arrays)
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    elif content:
-        np.savez(file, **content)
-    for make in (mnist, bmnist):
-        message = error_of(make)
-        assert message.startswith(f"{file}: ")
-        assert re.search(what, message)
-        assert "datasets/README.md" in message
-        assert "allow_pickle" not in message
+@pytest.mark.parametrize("module", [mnist_module, bmnist_module])
+def test_a_missing_or_damaged_file_is_a_line_that_says_where_to_get_it(
+    module, tmp_path, monkeypatch
+):
+    good, path = module.FILE.read_bytes(), tmp_path / "some.npz"
+    monkeypatch.setattr(module, "FILE", path)
+    monkeypatch.setattr(module, "load", module.load.__wrapped__)  # which keeps nothing
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for content in (None, b"version https://git-lfs.github.com/spec/v1\n", good[:-100], flipped):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError) as error:
+            bmnist()
+        assert str(error.value).startswith(f"{path} is missing or damaged; datasets/README.md ")
+        assert "\n" not in str(error.value)
 
 
-def test_missing_or_damaged_bits(tmp_path, monkeypatch):
-    path = tmp_path / "binarized_mnist.npz"
-    monkeypatch.setattr(bmnist_module, "FILE", path)
-    monkeypatch.setattr(bmnist_module, "load", bmnist_module.load.__wrapped__)
-    assert "No such file" in error_of(bmnist)
-    np.savez(path, bits=np.zeros((70_000, 98), dtype=np.uint8), rows=np.zeros(70_000, np.int32))
-    message = error_of(bmnist)
-    assert message.startswith(f"{path}: bits has the wrong SHA-256")
-
-
-# ------------------------ Grey MNIST ------------------------
-@pytest.mark.parametrize("options", [{}, {"n_train": 50_000, "shift": False}])
-def test_mnist_splits(options):
-    """Validation and test images in order, neither shifted nor scaled."""
-    (images, labels), n = load(), options.get("n_train", 40_000)
-    loaders = mnist("the template's root", **options)
-    splits = slice(n), slice(n, n + 10_000), slice(60_000, None)
+# ------------------------ Splits and batches ------------------------
+@pytest.mark.parametrize("n_train", [40_000, 50_000])
+def test_mnist_is_split_in_order_and_only_training_images_are_shifted(n_train):
+    images, labels = load()
+    splits = slice(n_train), slice(n_train, n_train + 10_000), slice(60_000, None)
+    loaders = mnist("the template's root", n_train=n_train)
     for loader, rows in zip(loaders, splits, strict=True):
         assert torch.equal(loader.images, images[rows])
         assert torch.equal(loader.labels, labels[rows])
@@ -112,12 +90,9 @@ def test_mnist_splits(options):
         assert torch.equal(seen_labels, loader.labels)
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("shift", [True, False])
-def test_mnist_batches(shift, drop_last):
-    """Every training image once in an epoch, in random order, in grey values 0..255."""
+@pytest.mark.parametrize(("shift", "drop_last"), [(True, False), (False, True), (False, False)])
+def test_an_epoch_has_every_training_image_once_in_a_new_order(shift, drop_last):
     train, _, _ = mnist(batch_size=300, shift=shift, drop_last=drop_last)
-    assert train.labels.dtype == torch.int64
     train.labels = torch.arange(40_000)
     batches = list(train)
     sizes = [300] * 133 + [100] * (not drop_last)
@@ -126,13 +101,22 @@ def test_mnist_batches(shift, drop_last):
     pixels, rows = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert (pixels.shape, pixels.dtype) == ((len(rows), 784), torch.float32)
     assert len(rows.unique()) == len(rows)
-    assert not torch.equal(rows[:300], torch.arange(300))
-    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert scipy.stats.spearmanr(rows, range(len(rows))).pvalue > 1e-3
     assert torch.equal(pixels, train.images[rows].float()) == (not shift)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert not torch.equal(next(iter(train))[1], rows[:300])
+
+
+def test_a_batch_is_of_pytorchs_default_type_and_none_may_be_missing(float64):
+    images, labels = torch.zeros(5, 784, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
+    assert [x.dtype for x, _ in Loader(images, labels, 6)] == [torch.float64]
+    assert [x.shape for x in BinaryLoader(images, labels, 3)] == [(3, 1, 28, 28), (2, 1, 28, 28)]
+    with pytest.raises(DataError, match="batch size 6 makes no batch of 5 images"):
+        Loader(images, labels, 6, drop_last=True)
 
 
 def test_shifts_are_those_of_torchvisions_transforms():
-    """Every shift as in the template's own pipeline, and as often as it draws them."""
+    """Every shift is as in the template's own pipeline, and as often as it draws them."""
     pad, crop = transforms.Pad(2, padding_mode="edge"), transforms.CenterCrop(28)
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)  # no symmetry, no plain edge
     pictures, steps = map(functional.to_pil_image, images), range(-2, 3)
@@ -144,8 +128,7 @@ def test_shifts_are_those_of_torchvisions_transforms():
 
     n = 10_000
     repeated = images.flatten(1).repeat(n // 20, 1)
-    loader = mnist_module.ShiftedLoader(repeated, torch.arange(n), 128, shuffle=True)
-    seen, rows = epoch(loader)
+    seen, rows = epoch(mnist_module.ShiftedLoader(repeated, torch.arange(n), 128, shuffle=True))
     shown = zip(rows.tolist(), seen.byte().numpy(), strict=True)
     counts = collections.Counter(shift_of[row % 20, x.tobytes()] for row, x in shown)
     shares = np.outer(*2 * [np.array([1, 10, 10, 10, 1]) / 32])  # of round(U(-1.6, 1.6))
@@ -153,33 +136,9 @@ def test_shifts_are_those_of_torchvisions_transforms():
     assert scipy.stats.chisquare(found, n * shares.ravel()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("make", [mnist, bmnist])
-def test_every_epoch_is_another(make):
-    loader, _, _ = make(batch_size=50)
-    first, second = (next(iter(loader))[0] for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_impossible_options():
-    for n_train in (0, 50_001):
-        assert str(n_train) in error_of(mnist, n_train=n_train)
-    for make in (mnist, bmnist):
-        assert "batch size 0 " in error_of(make, batch_size=0)
-    message = error_of(bmnist, binarization="grey")
-    assert all(word in message for word in ("'grey'", "static", "dynamic"))
-    images, labels = torch.zeros(5, 784, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
-    assert [len(x) for x, _ in Loader(images, labels, 6)] == [5]
-    assert "batch size 6" in error_of(Loader, images, labels, 6, drop_last=True)
-
-
-# ------------------------ Binary MNIST ------------------------
-@pytest.fixture(scope="module")
-def static():
-    return bmnist()
-
-
+# ------------------------ Binary draws ------------------------
 def assert_drawn_from(binary, grey):
-    """Check the number of ones for every grey value against its binomial distribution."""
+    """Checks the number of ones for every grey value against its binomial distribution."""
     counts = np.bincount(grey.flatten(), minlength=256)
     ones = np.bincount(grey.flatten(), weights=binary.flatten(), minlength=256)
     p = np.arange(256) / 255
@@ -190,44 +149,32 @@ def assert_drawn_from(binary, grey):
     assert 0.6 < (z**2).mean() < 1.5
 
 
-def test_static_bits_make_larochelles_published_files(static):
-    """784 digits a line, a blank between two; batches are floats, in order but for training."""
-    published = [  # as TensorFlow Datasets lists them
-        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
-        "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
-        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
-    ]
-    for loader, sha256 in zip(static, published, strict=True):
-        assert loader.images.dtype == torch.uint8
-        text = np.full((len(loader.images), 2 * 784), ord(" "), dtype=np.uint8)
-        text[:, ::2] = ord("0") + loader.images.numpy()
-        text[:, -1] = ord("\n")
-        assert hashlib.sha256(text).hexdigest() == sha256
-    batch = next(iter(static[0]))
-    assert (batch.shape, batch.dtype) == ((128, 1, 28, 28), torch.float32)
-    for loader in static[1:]:
-        assert torch.equal(epoch(loader).flatten(1), loader.images.float())
-
-
-def test_rows_are_one_to_one_and_no_bit_contradicts_its_grey_value(static):
+def test_each_binary_image_is_a_draw_of_the_grey_one_whose_label_it_has():
     (grey, labels), (_, rows) = load(), bmnist_module.load()
     for part, n in ((rows[:60_000], 0), (rows[60_000:], 60_000)):
         assert torch.equal(part.sort()[0], torch.arange(n, n + len(part)))
-    for loader, part in zip(static, rows.split([50_000, 10_000, 10_000]), strict=True):
+    loaders = bmnist(batch_size=100)
+    for loader, part in zip(loaders, rows.split([50_000, 10_000, 10_000]), strict=True):
         assert_drawn_from(loader.images.numpy(), grey[part].numpy())
         assert torch.equal(loader.labels, labels[part])
+    for loader in loaders[1:]:
+        assert torch.equal(epoch(loader).flatten(1), loader.images.float())
+    first, second = (next(iter(loaders[0])) for _ in range(2))
+    assert (first.shape, first.dtype) == ((100, 1, 28, 28), torch.float32)
+    assert not torch.equal(first, second)  # another order
 
 
-def test_dynamic(static):
-    train, val, test = bmnist(binarization="dynamic")
+def test_dynamic_training_images_are_new_draws_in_every_epoch():
+    static, dynamic = bmnist(), bmnist(binarization="dynamic")
     grey = load()[0][bmnist_module.load()[1][:50_000]]
-    assert torch.equal(train.images, grey)
-    assert torch.equal(train.labels, static[0].labels)
-    rows = slice(10_000)
-    first, second = train.batch(rows), train.batch(rows)
-    assert (first.shape, first.dtype) == ((10_000, 1, 28, 28), torch.float32)
+    assert torch.equal(dynamic[0].images, grey)
+    assert torch.equal(dynamic[0].labels, static[0].labels)
+    rows = torch.arange(10_000)
+    first, second = dynamic[0].batch(rows), dynamic[0].batch(rows)
+    assert first.shape == (10_000, 1, 28, 28)
     assert not torch.equal(first, second)
     for binary in (first, second):
         assert_drawn_from(binary.numpy(), grey[rows].numpy())
-    for loader, fixed in [(val, static[1]), (test, static[2])]:
+    assert not torch.equal(next(iter(dynamic[0])), dynamic[0].batch(torch.arange(128)))
+    for loader, fixed in zip(dynamic[1:], static[1:], strict=True):
         assert torch.equal(epoch(loader), epoch(fixed))

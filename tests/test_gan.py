@@ -1,5 +1,6 @@
 """The GAN: its value function, its two updates and the average, its interpolation and figures."""
 
+import copy
 import json
 import math
 
@@ -17,27 +18,26 @@ import runs
 from datasets.mnist import mnist
 
 
-# ------------------------ The losses ------------------------
-def test_losses_are_those_of_the_paper():
-    real, fake = torch.randn(9).double(), torch.randn(5).double()
-    d_real, d_fake = (scipy.special.expit(logits.numpy()) for logits in (real, fake))
-    value = np.log(d_real).mean() + np.log(1 - d_fake).mean()
-    assert gan.value_function(real, fake).item() == pytest.approx(value, rel=1e-12)
-    loss = -np.log(d_fake).mean()
-    assert gan.generator_loss(fake).item() == pytest.approx(loss, rel=1e-12)
-
-
-def test_losses_and_gradients_are_exact_at_logits_of_50():
+# ------------------------ Losses and networks ------------------------
+def test_losses_are_those_of_the_paper_and_finite_at_logits_of_50():
     """The gradient of a mistaken discriminator is as large as it can be."""
-    real = torch.tensor([-50.0], requires_grad=True)
-    fake = torch.tensor([50.0], requires_grad=True)
+    real, fake = torch.tensor([[-50.0, 1, 2], [50, 0, -3]], dtype=torch.float64)
+    real.requires_grad_(), fake.requires_grad_()
+    log_d, log_not_d = np.log(scipy.special.expit([[-50.0, 1, 2], [-50, 0, 3]])).mean(axis=1)
     value = gan.value_function(real, fake)
     value.backward()
-    assert (value.item(), real.grad.item(), fake.grad.item()) == (-100, 1, -1)
-    assert gan.generator_loss(real).item() == 50
+    assert value.item() == pytest.approx(log_d + log_not_d, rel=1e-12)
+    assert (3 * real.grad[0].item(), 3 * fake.grad[0].item()) == pytest.approx((1, -1))
+    assert gan.generator_loss(real).item() == pytest.approx(-log_d, rel=1e-12)
 
 
-# ------------------------ The networks ------------------------
+def test_discriminator_gives_the_probability_of_its_logit():
+    discriminator, images = gan.Discriminator().eval(), 2 * torch.rand(30, 784) - 1
+    logits = discriminator.logits(images).detach()
+    torch.testing.assert_close(discriminator(images).detach(), 1 / (1 + torch.exp(-logits)))
+    assert discriminator(images[:1]).shape == (1,)
+
+
 def test_networks_are_the_templates_with_dropout_in_the_discriminator():
     layers = [nn.Linear(50, 128), nn.LeakyReLU(0.2)]
     for n_in, n_out in ((128, 256), (256, 512), (512, 1024)):
@@ -49,13 +49,6 @@ def test_networks_are_the_templates_with_dropout_in_the_discriminator():
         nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.4), nn.Linear(256, 1),
     )  # fmt: skip
     assert str(gan.Discriminator(0.4).layers) == str(discriminator)
-
-
-def test_discriminator_gives_the_probability_of_its_logit():
-    discriminator, images = gan.Discriminator().eval(), 2 * torch.rand(30, 784) - 1
-    logits = discriminator.logits(images).detach()
-    torch.testing.assert_close(discriminator(images).detach(), 1 / (1 + torch.exp(-logits)))
-    assert discriminator(images[:1]).shape == (1,)
 
 
 def test_committed_weights_are_those_of_a_generator_of_digits():
@@ -70,52 +63,27 @@ def test_committed_weights_are_those_of_a_generator_of_digits():
 
 
 # ------------------------ Training ------------------------
-def kept(network):
-    """Returns copies of the weights and running variances of a network, or of its state.
-
-    Biases stay out: batch normalization takes them away again, so rounding errors alone move them.
-    """
-    state = network if isinstance(network, dict) else network.state_dict()
-    return [x.clone() for name, x in state.items() if name.endswith(("weight", "running_var"))]
-
-
 def test_training_is_that_of_a_plain_loop(float64, monkeypatch, tmp_path):
-    """D before G, the same noise for both, the falling rate, the average of every tenth batch.
-
-    The samples are the average's, at moments counted in batches over all epochs.
-    """
-    precisions, images, two_digits = [], {}, gan.two_digits
-
-    def watch(*args):
-        precisions.append(torch.get_float32_matmul_precision())
-        return two_digits(*args)
-
-    def check_finite(*losses):
-        precisions.append(torch.get_float32_matmul_precision())
-
-    monkeypatch.setattr(gan, "two_digits", watch)
-    monkeypatch.setattr(runs, "check_finite", check_finite)
+    """D before G, the same noise for both, the falling rate, the average of every tenth batch."""
     monkeypatch.setattr(runs, "save_figure", lambda *args: None)
-    save = lambda grid, path, **layout: images.update({path.name: grid.clone()})  # noqa: E731
-    monkeypatch.setattr(runs, "save_images", save)
-    options = {"n_epochs": 3, "lr": 1e-3, "latent_dim": 50, "dropout": 0.4, "save_interval": 8}
+    options = {"n_epochs": 3, "lr": 1e-3, "latent_dim": 50, "dropout": 0.4}
     run(gan, tmp_path, seed=5, **options)
-    assert precisions == ["medium", "medium", "medium", "highest"]
 
     torch.manual_seed(5)
     train = few(mnist)(batch_size=4, n_train=50_000, shift=False, drop_last=True)[0]
     networks = generator, discriminator = gan.Generator(50), gan.Discriminator(0.4)
-    average = gan.Generator(50)  # its weights' random numbers are put back
-    torch.manual_seed(5)
-    gan.Generator(50), gan.Discriminator(0.4)
-    z = torch.randn(25, 50)
-    start_g, start_d = kept(generator), kept(discriminator)
-    adam_g, adam_d = (torch.optim.Adam(x.parameters(), betas=(0.5, 0.999)) for x in networks)
-    numbers, batches, grids = [], 0, {}
+    average = copy.deepcopy(generator)
+    torch.randn(25, 50)  # of the sample grids
+    start = [[x.clone() for x in network.state_dict().values()] for network in networks]
+    adams = adam_g, adam_d = [
+        torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), fused=True)
+        for network in networks
+    ]
+    rows, batches = [], 0
     for epoch in range(3):
         metrics = []
         for pixels, _ in train:
-            for adam in (adam_g, adam_d):
+            for adam in adams:
                 adam.param_groups[0]["lr"] = 1e-3 * min(1, 2 - 2 * epoch / 3)
             fake = generator(torch.randn(4, 50))
             logits = discriminator.logits(torch.cat([pixels / 127.5 - 1, fake.detach()]))
@@ -127,32 +95,32 @@ def test_training_is_that_of_a_plain_loop(float64, monkeypatch, tmp_path):
             adam_g.zero_grad()
             loss_g.backward()
             adam_g.step()
-            d_real, d_fake = torch.sigmoid(logits).view(2, 4).mean(1).tolist()
-            metrics.append([value.item(), loss_g.item(), d_real, d_fake])
+            metrics.append(
+                [value.item(), loss_g.item(), *logits.sigmoid().view(2, 4).mean(1).tolist()]
+            )
             batches += 1
-            if batches % 10 == 0:
-                n, now = batches // 10 - 1, generator.state_dict()
-                before = average.state_dict() if n else now
-                mean = {
-                    name: before[name] + (now[name] - before[name]) * 5 / (5 + n) for name in now
-                }
-                average.load_state_dict(mean)
-            if batches % 8 == 0 and batches >= 10:
-                with torch.no_grad():
-                    grids[f"{batches:06d}.png"] = (average.eval()(z) + 1) / 2
-        numbers.append(np.mean(metrics, axis=0))
-
+            if batches in (10, 20, 30):
+                n = batches // 10 - 1  # states averaged before
+                states = average.state_dict().values(), generator.state_dict().values()
+                for mean, now in zip(*states, strict=True):
+                    mean.copy_(mean + (now - mean) * 5 / (5 + n) if n else now)
+        rows.append(np.mean(metrics, axis=0))
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
-    columns = ("value", "loss_g", "d_real", "d_fake")
-    found = np.transpose([checkpoint["history"][name] for name in columns])
-    np.testing.assert_allclose(found, numbers, rtol=1e-9)
-    parts, weights = checkpoint["parts"], torch.load(tmp_path / "weights.pt")
-    assert way_off(start_g, kept(generator), kept(parts["generator"])) < 1e-9
-    assert way_off(start_d, kept(discriminator), kept(parts["discriminator"])) < 1e-9
-    assert way_off(start_g, kept(average), kept(weights)) < 1e-9
-    assert {name for name in images if name[0] == "0"} == {"000008.png", *grids}
-    for name, grid in grids.items():
-        torch.testing.assert_close(images[name], grid, rtol=0, atol=1e-6)
+    history, parts = checkpoint["history"], checkpoint["parts"]
+    found = [history[name] for name in ("value", "loss_g", "d_real", "d_fake")]
+    np.testing.assert_allclose(np.transpose(found), rows, rtol=1e-9)
+    ends = (generator, parts["generator"]), (discriminator, parts["discriminator"])
+    for before, (network, found) in zip(start, ends, strict=True):
+        assert way_off(before, network.state_dict().values(), found.values()) < 1e-9
+    found = torch.load(tmp_path / "weights.pt").values()
+    assert way_off(start[0], average.state_dict().values(), found) < 1e-9
+
+
+def test_progress_shows_the_average_from_the_same_noise(finished):
+    """A grid is saved every 15 batches of 60; all numbers but the last are of other weights."""
+    images = finished(gan).images
+    assert torch.equal(images["000060.png"], images["samples_after.png"])
+    assert len({images[f"{n:06d}.png"].sum().item() for n in (15, 30, 45, 60)}) == 4
 
 
 # ------------------------ Interpolation and figures ------------------------
