@@ -1,9 +1,10 @@
-"""What the tests share: small runs of the scripts, and an image's bound by quadrature."""
+"""What the tests share: small runs of the scripts, above all."""
 
 import contextlib
 import copy
 import functools
 import io
+import json
 import math
 import os
 import time
@@ -12,9 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.integrate
-import scipy.special
-import scipy.stats
 import torch
 from matplotlib.image import imread
 
@@ -22,7 +20,6 @@ import a3_gan_template as gan
 import a3_nf_template as nf
 import a3_vae_template as vae
 import runs
-from datasets.bmnist import bmnist
 from extension import mixture_flow
 
 # The same sums in the same order, here and in the processes that tests start.
@@ -48,14 +45,12 @@ SMALL = {
 
 
 def few(make):
-    """Returns a function that makes loaders as `mnist` or `bmnist` does, of 50, 73 and 114 images.
-
-    They come from all over each split: Larochelle's test file is sorted and begins with zeros.
-    """
+    """Returns a function like `mnist` or `bmnist` whose loaders have 50, 73 and 114 images."""
 
     def make_few(*args, **kwargs):
         loaders = make(*args, **kwargs)
         for loader, size in zip(loaders, (50, 73, 114), strict=True):
+            # From all over the split: Larochelle's test file is sorted and begins with zeros.
             rows = torch.linspace(0, len(loader.images) - 1, size).long()
             loader.images, loader.labels = loader.images[rows], loader.labels[rows]
         return loaders
@@ -92,8 +87,8 @@ def finished(tmp_path_factory):
 
     @functools.cache
     def finish(script):
-        of = SimpleNamespace(folder=tmp_path_factory.mktemp("finished") / "new")
-        of.models, of.written = [], {}
+        folder = tmp_path_factory.mktemp("finished") / "new"
+        of = SimpleNamespace(folder=folder, models=[], written={})
         save, replace, start = runs.save_checkpoint, os.replace, time.perf_counter()
 
         def save_and_keep(args, parts, history):
@@ -107,7 +102,7 @@ def finished(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "save_checkpoint", save_and_keep)
             patch.setattr(os, "replace", replace_and_note)
-            of.out = run(script, of.folder)
+            of.out = run(script, folder)
         of.duration = time.perf_counter() - start
         return of
 
@@ -115,18 +110,17 @@ def finished(tmp_path_factory):
 
 
 def pictures(path):
-    """Returns the images of a saved grid, `[n, 784]` in [0, 1]; 1 is ink, which is black there."""
-    dots = 1 - imread(path)[::4, ::4, 0]  # a pixel takes 4 x 4 dots
-    rows, columns = len(dots) // 29, len(dots[0]) // 29  # with a line of grey between two images
-    cells = dots[1:, 1:].reshape(rows, 29, columns, 29)[:, :28, :, :28]
+    """Returns the images of a saved grid, `[n, 784]` in [0, 1], where 1 is ink, shown in black."""
+    dots = imread(path)[..., 0]
+    pixels = 1 - dots[::4, ::4]
+    assert np.array_equal(1 - dots, np.kron(pixels, np.ones((4, 4))))
+    rows, columns = len(pixels) // 29, len(pixels[0]) // 29
+    cells = pixels[1:, 1:].reshape(rows, 29, columns, 29)[:, :28, :, :28]  # without the lines
     return torch.from_numpy(cells).transpose(1, 2).reshape(-1, 784)
 
 
-def train_plainly(model, optimizers, rates, data):
-    """Trains a flow by the plainest loop, with a learning rate for each batch.
-
-    Returns the bits/dim of training and of validation by epoch, and those of the test images.
-    """
+def assert_trained_plainly(folder, model, optimizers, rates, data):
+    """Asserts that a run's bits/dim and weights are those of a plain loop with a rate per batch."""
     train_curve, val_curve, rates, unit = [], [], list(rates), 784 * math.log(2)
     train, val, test = data
 
@@ -139,6 +133,7 @@ def train_plainly(model, optimizers, rates, data):
             loss = -model(images).mean() / unit
             model.zero_grad()
             loss.backward()
+            assert all(weight.grad is not None for weight in model.parameters())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             rate = rates.pop(0)
             for optimizer in optimizers:
@@ -147,7 +142,12 @@ def train_plainly(model, optimizers, rates, data):
             train_bpd += loss.item() * len(images) / len(train.images)
         train_curve.append(train_bpd)
         val_curve.append(bits(val))
-    return train_curve, val_curve, bits(test)
+    checkpoint = torch.load(folder / "checkpoint.pt")
+    assert checkpoint["history"]["train_bpd"] == pytest.approx(train_curve, rel=1e-9)
+    assert checkpoint["history"]["val_bpd"] == pytest.approx(val_curve, rel=1e-9)
+    final = json.loads((folder / "summary.json").read_text())["final"]
+    assert final["test_bpd"] == pytest.approx(bits(test), rel=1e-9)
+    torch.testing.assert_close(checkpoint["parts"]["model"], dict(model.state_dict()))
 
 
 def zeros(z):
@@ -172,24 +172,3 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(scope="session")
-def one_dimensional():
-    """A VAE with a 1-d latent, an image, and what quadrature over the latent gives for it.
-
-    These are both terms of the negative ELBO, and log p(x).
-    """
-    torch.manual_seed(1)
-    model = vae.VAE(hidden_dim=20, z_dim=1).requires_grad_(False)
-    x, z = bmnist()[2].images[5000].float(), np.linspace(-8, 8, 4001)
-    logits = model.decoder.logits(torch.from_numpy(z).float()[:, None]).double().numpy()
-    log_likelihood = scipy.special.log_expit((2 * x.numpy() - 1) * logits).sum(axis=1)
-    q = scipy.stats.norm(*(number.item() for number in model.encoder(x[None])))
-    log_prior = scipy.stats.norm.logpdf(z)
-    integral = functools.partial(scipy.integrate.simpson, x=z)
-    reconstruction = -integral(q.pdf(z) * log_likelihood)
-    kl = integral(q.pdf(z) * (q.logpdf(z) - log_prior))
-    top = log_likelihood.max()
-    log_px = top + np.log(integral(np.exp(log_likelihood + log_prior - top)))
-    return model, x, (reconstruction, kl), log_px

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import re
 import struct
 
 import numpy as np
@@ -14,31 +15,27 @@ from torchvision.transforms import functional
 
 from datasets import bmnist as bmnist_module
 from datasets import mnist as mnist_module
-from datasets.bmnist import BinaryLoader, bmnist
+from datasets.bmnist import bmnist
 from datasets.mnist import DataError, Loader, load, mnist
 
 
 def epoch(loader):
-    """Returns the batches of one epoch, joined."""
-    batches = list(loader)
-    if isinstance(batches[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return torch.cat(batches)
+    """Returns the images of one epoch, joined, and their labels."""
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 # ------------------------ The files ------------------------
 def test_grey_arrays_make_the_published_idx_files():
-    published = {
-        "train_images": (2051, "6bbc9ace898e44ae57da46a324031adb"),
-        "train_labels": (2049, "a25bea736e30d166cdddb491f175f624"),
-        "test_images": (2051, "2646ac647ad5339dbf082846283269ea"),
-        "test_labels": (2049, "27ae3e4e09519cfbb04c329615203637"),
-    }
     images, labels = load()
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     images, labels = images.view(-1, 28, 28).split([60_000, 10_000]), labels.split([60_000, 10_000])
-    arrays = images[0], labels[0].byte(), images[1], labels[1].byte()
-    for array, (magic, md5) in zip(arrays, published.values(), strict=True):
+    for array, magic, md5 in (
+        (images[0], 2051, "6bbc9ace898e44ae57da46a324031adb"),
+        (labels[0].byte(), 2049, "a25bea736e30d166cdddb491f175f624"),
+        (images[1], 2051, "2646ac647ad5339dbf082846283269ea"),
+        (labels[1].byte(), 2049, "27ae3e4e09519cfbb04c329615203637"),
+    ):
         header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
         assert hashlib.md5(header + array.numpy().tobytes()).hexdigest() == md5
 
@@ -58,21 +55,17 @@ def test_binary_images_make_larochelles_published_files():
 
 
 @pytest.mark.parametrize("module", [mnist_module, bmnist_module])
-def test_a_missing_or_damaged_file_is_a_line_that_says_where_to_get_it(
-    module, tmp_path, monkeypatch
-):
-    good, path = module.FILE.read_bytes(), tmp_path / "some.npz"
+def test_a_missing_or_damaged_file_is_a_line_about_it(module, tmp_path, monkeypatch):
+    path, flipped = tmp_path / "some.npz", bytearray(module.FILE.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
     monkeypatch.setattr(module, "FILE", path)
     monkeypatch.setattr(module, "load", module.load.__wrapped__)  # which keeps nothing
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 1
-    for content in (None, b"version https://git-lfs.github.com/spec/v1\n", good[:-100], flipped):
+    for content in (None, b"version https://git-lfs.github.com/spec/v1\n", flipped):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(DataError) as error:
+        line = re.escape(f"{path} is missing or damaged; datasets/README.md says where to get it")
+        with pytest.raises(DataError, match=rf"^{line}\Z"):
             bmnist()
-        assert str(error.value).startswith(f"{path} is missing or damaged; datasets/README.md ")
-        assert "\n" not in str(error.value)
 
 
 # ------------------------ Splits and batches ------------------------
@@ -85,34 +78,27 @@ def test_mnist_is_split_in_order_and_only_training_images_are_shifted(n_train):
         assert torch.equal(loader.images, images[rows])
         assert torch.equal(loader.labels, labels[rows])
     for loader in loaders[1:]:
-        seen, seen_labels = epoch(loader)
-        assert torch.equal(seen, loader.images.float())
-        assert torch.equal(seen_labels, loader.labels)
+        torch.testing.assert_close(epoch(loader), (loader.images.float(), loader.labels))
 
 
-@pytest.mark.parametrize(("shift", "drop_last"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("shift", "drop_last"), [(True, False), (False, True)])
 def test_an_epoch_has_every_training_image_once_in_a_new_order(shift, drop_last):
     train, _, _ = mnist(batch_size=300, shift=shift, drop_last=drop_last)
-    train.labels = torch.arange(40_000)
-    batches = list(train)
-    sizes = [300] * 133 + [100] * (not drop_last)
-    assert [len(images) for images, _ in batches] == sizes
+    train.labels = torch.arange(40_000)  # so that a label is the number of its image
+    sizes = [len(images) for images, _ in train]
+    assert sizes == [300] * 133 + [100] * (not drop_last)
     assert len(train) == len(sizes)
-    pixels, rows = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert (pixels.shape, pixels.dtype) == ((len(rows), 784), torch.float32)
+    (pixels, rows), (_, other_rows) = epoch(train), epoch(train)
+    assert (pixels.shape, pixels.dtype) == ((sum(sizes), 784), torch.float32)
     assert len(rows.unique()) == len(rows)
     assert scipy.stats.spearmanr(rows, range(len(rows))).pvalue > 1e-3
+    assert not torch.equal(rows, other_rows)
     assert torch.equal(pixels, train.images[rows].float()) == (not shift)
-    assert (pixels.min(), pixels.max()) == (0, 255)
-    assert not torch.equal(next(iter(train))[1], rows[:300])
 
 
-def test_a_batch_is_of_pytorchs_default_type_and_none_may_be_missing(float64):
-    images, labels = torch.zeros(5, 784, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)
-    assert [x.dtype for x, _ in Loader(images, labels, 6)] == [torch.float64]
-    assert [x.shape for x in BinaryLoader(images, labels, 3)] == [(3, 1, 28, 28), (2, 1, 28, 28)]
+def test_fewer_images_than_one_full_batch_are_refused():
     with pytest.raises(DataError, match="batch size 6 makes no batch of 5 images"):
-        Loader(images, labels, 6, drop_last=True)
+        Loader(torch.zeros(5, 784), torch.zeros(5), 6, drop_last=True)
 
 
 def test_shifts_are_those_of_torchvisions_transforms():
@@ -158,7 +144,7 @@ def test_each_binary_image_is_a_draw_of_the_grey_one_whose_label_it_has():
         assert_drawn_from(loader.images.numpy(), grey[part].numpy())
         assert torch.equal(loader.labels, labels[part])
     for loader in loaders[1:]:
-        assert torch.equal(epoch(loader).flatten(1), loader.images.float())
+        assert torch.equal(torch.cat(list(loader)).flatten(1), loader.images.float())
     first, second = (next(iter(loaders[0])) for _ in range(2))
     assert (first.shape, first.dtype) == ((100, 1, 28, 28), torch.float32)
     assert not torch.equal(first, second)  # another order
@@ -171,10 +157,8 @@ def test_dynamic_training_images_are_new_draws_in_every_epoch():
     assert torch.equal(dynamic[0].labels, static[0].labels)
     rows = torch.arange(10_000)
     first, second = dynamic[0].batch(rows), dynamic[0].batch(rows)
-    assert first.shape == (10_000, 1, 28, 28)
     assert not torch.equal(first, second)
     for binary in (first, second):
         assert_drawn_from(binary.numpy(), grey[rows].numpy())
-    assert not torch.equal(next(iter(dynamic[0])), dynamic[0].batch(torch.arange(128)))
     for loader, fixed in zip(dynamic[1:], static[1:], strict=True):
-        assert torch.equal(epoch(loader), epoch(fixed))
+        assert torch.equal(torch.cat(list(loader)), torch.cat(list(fixed)))

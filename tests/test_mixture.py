@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, few, jacobian, narrow, run, train_plainly, zeros
+from conftest import ROOT, assert_trained_plainly, few, jacobian, narrow, run, zeros
 
 import a3_nf_template as nf
 from datasets.mnist import mnist
@@ -47,39 +47,25 @@ def test_distribution_is_that_of_scipy(n_mix):
     np.testing.assert_allclose(log_slope[:, 0], np.log(density / c / not_c), rtol=1e-9, atol=1e-9)
 
 
-def test_coupling_maps_x_by_the_distribution_and_then_by_a_and_b():
-    """A tanh keeps the log-scale a within [-2, 2]; at first the means are even from -6 to 6."""
-    coupling, z = MixtureCoupling(*SPLITS[0], n_mix=4).double(), pixels()
-    _, mean, log_scale, a, b = coupling.predict(z)
+def test_couplings_start_with_even_means_and_one_logistic_as_the_identity():
+    z = pixels()
+    _, mean, *others = MixtureCoupling(*SPLITS[0], n_mix=4).double().predict(z)
     np.testing.assert_allclose(mean[0, :, 5].detach(), [-6, -2, 2, 6])
-    assert not any(x.any() for x in (log_scale, a, b))
-    coupling.common.data.normal_(0, 5)
-    *mixture, a, b = coupling.predict(z)
-    assert 1.9 < a.abs().max() <= 2
-    v, _ = coupling.logit_cdf(z[:, coupling.changed], *mixture)
-    torch.testing.assert_close(coupling(z, zeros(z))[0][:, coupling.changed], v * a.exp() + b)
-    coupling = MixtureCoupling(*SPLITS[0], n_mix=1).double()  # which starts as the identity
+    assert not any(start.any() for start in others)  # log-scales, a and b
+    coupling = MixtureCoupling(*SPLITS[0], n_mix=1).double()
     torch.testing.assert_close(coupling(z, zeros(z)), (z, zeros(z)))
 
 
 def test_inverse_and_log_determinant(flow):
     """In float64, against the reverse and against autograd's Jacobian."""
-    z = pixels()
+    far = torch.tensor([[40.0], [-40.0]], dtype=torch.float64).expand(2, SIDE**2)
+    z = torch.cat([pixels(), far])
     there, ldj = flow(z, zeros(z))
     back, rest = flow(there, ldj, reverse=True)
     torch.testing.assert_close(back, z, rtol=0, atol=1e-9)
     torch.testing.assert_close(rest, zeros(z), rtol=0, atol=1e-7)
     expected = torch.linalg.slogdet(jacobian(flow, z[:1])).logabsdet.item()
     assert ldj[0].item() == pytest.approx(expected, abs=1e-8)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_far_pixels_stay_finite_in_float32(flow, reverse):
-    z = torch.tensor([[40.0], [-40.0]]).repeat(1, SIDE**2).requires_grad_()
-    for layer in flow.float().layers:
-        there, ldj = layer(z, zeros(z), reverse)
-        (grad,) = torch.autograd.grad(there.sum() + ldj.sum(), z)
-        assert all(tensor.isfinite().all() for tensor in (there, ldj, grad))
 
 
 # ------------------------ The order of the pixels ------------------------
@@ -128,13 +114,7 @@ def test_training_is_that_of_a_plain_loop(float64, monkeypatch, tmp_path):
     settings = {"weight_decay": 0, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
     optimizers = [torch.optim.AdamW(others, weight_decay=0), torch.optim.Muon(hidden, **settings)]
     rates = [0.5 * (i + 1) / 300 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
-    train_curve, val_curve, test_bpd = train_plainly(model, optimizers, rates, data)
-    history = torch.load(tmp_path / "checkpoint.pt")["history"]
-    assert history["train_bpd"] == pytest.approx(train_curve, rel=1e-9)
-    assert history["val_bpd"] == pytest.approx(val_curve, rel=1e-9)
-    final = json.loads((tmp_path / "summary.json").read_text())["final"]
-    assert final["test_bpd"] == pytest.approx(test_bpd, rel=1e-9)
-    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), dict(model.state_dict()))
+    assert_trained_plainly(tmp_path, model, optimizers, rates, data)
 
 
 def test_the_learning_rate_rises_for_300_steps_only(monkeypatch, tmp_path):
