@@ -226,7 +226,7 @@ def save_training_plot(history, filename):
     right.plot(epochs, history["d_fake"][first:], marker=".", ms=2, label=r"$D(G(\mathbf{z}))$")
     right.axhline(0.5, color="0.5", ls="--")
     right.set(xlabel="epoch", ylabel="mean output of $D$")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper right")
     runs.save_figure(figure, filename)
 
 

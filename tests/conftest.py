@@ -162,8 +162,9 @@ def jacobian(function, z):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Draws the same numbers in any order of the tests."""
+    """Draws the same numbers, in float32 products, in any order of the tests."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

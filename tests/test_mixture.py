@@ -87,7 +87,7 @@ def test_flow_predicts_each_pixel_from_raw_and_coarser_ones(flow):
 # ------------------------ Model and training ------------------------
 @torch.no_grad()
 def test_committed_weights_give_the_committed_test_bits():
-    """So networks, data and loss are those that it was published for."""
+    """Networks, data and loss have not changed since it was measured."""
     folder, test = ROOT / "results" / "nf_mixture", mnist()[2]
     model = mixture_flow.mixture_model().eval()
     model.load_state_dict(torch.load(folder / "weights.pt"))

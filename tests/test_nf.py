@@ -111,7 +111,7 @@ def test_log_px_follows_the_change_of_variables(mask, monkeypatch):
 
 @torch.no_grad()
 def test_committed_weights_give_the_committed_test_bits():
-    """So networks, data and loss are those that it was published for."""
+    """Networks, data and loss have not changed since it was measured."""
     folder, test = ROOT / "results" / "nf", mnist()[2]
     model = nf.Model([784]).eval()
     model.load_state_dict(torch.load(folder / "weights.pt"))

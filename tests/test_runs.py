@@ -1,4 +1,4 @@
-"""What all scripts share (of runs.py tested on the VAE alone): options, errors, files, resuming."""
+"""Options, errors, files and resuming, for all scripts; some of runs.py on the VAE alone."""
 
 import csv
 import inspect
@@ -37,7 +37,7 @@ def parse(script, words):
 
 
 def error_of(capsys, function, *args, **kwargs):
-    """Returns the one line `error: ...` on standard error with which a call ends the program."""
+    """Returns the one line `error: ...` that a call prints to standard error as it exits."""
     with pytest.raises(SystemExit) as end:
         function(*args, **kwargs)
     out, err = capsys.readouterr()
@@ -53,7 +53,7 @@ def results(folder):
 
 
 def contents(folder):
-    """Returns the content of each file, without the seconds, and of the checkpoint its numbers."""
+    """Returns each file's content, without seconds; of checkpoint.pt only the random state."""
     content = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     rows, summary = results(folder)
     for row in (*rows, summary["final"]):
@@ -68,7 +68,7 @@ def test_no_code_uses_torch_distributions():
         assert not re.search(r"\bdistributions\b", path.read_text(encoding="utf-8")), path
 
 
-SIGNATURES = {  # of the template, but for dropout and latent_dim; other tests call the rest
+SIGNATURES = {  # the template's, plus dropout and latent_dim; other tests call the rest
     vae: """Encoder(hidden_dim=500, z_dim=20) Decoder(hidden_dim=500, z_dim=20) main()
         VAE(hidden_dim=500, z_dim=20) epoch_iter(model, data, optimizer)
         run_epoch(model, data, optimizer) save_elbo_plot(train_curve, val_curve, filename)""",
@@ -293,7 +293,7 @@ def wait(epoch, *losses):
         print("waiting", file=sys.__stdout__, flush=True)
         input()
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 runs.check_finite = wait
 conftest.run(conftest.vae, Path(sys.argv[1]))
 assert "matplotlib.pyplot" not in sys.modules  # which chooses a backend
@@ -308,7 +308,8 @@ def test_a_run_elsewhere_or_ended_there_and_resumed_here_is_as_in_one_go(end, fi
     settings.write_text(
         "text.usetex: True\nimage.origin: lower\nsavefig.bbox: tight\nfont.size: 20"
     )
-    environment = os.environ | {"PYTHONPATH": "tests", "MATPLOTLIBRC": str(settings)}
+    places = os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": places, "MATPLOTLIBRC": str(settings)}
     command, pipe = [sys.executable, "-c", ELSEWHERE, str(folder)], subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
                                stdin=pipe, stdout=pipe, stderr=pipe)  # fmt: skip

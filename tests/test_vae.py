@@ -66,7 +66,7 @@ def test_samples_are_binary_draws_from_the_means_of_normal_latents():
 @torch.no_grad()
 @pytest.mark.parametrize("folder", ["vae", "vae_dynamic", "vae_zdim2"])
 def test_committed_weights_give_the_committed_test_elbo(folder):
-    """So networks, data and loss are those that it was published for."""
+    """Networks, data and loss have not changed since it was measured."""
     summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
     model = vae.VAE(z_dim=summary["options"]["zdim"]).eval()
     model.load_state_dict(torch.load(ROOT / "results" / folder / "weights.pt"))
