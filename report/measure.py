@@ -207,14 +207,14 @@ def save_latent_space(mean, labels, filename):
     at the median of its means.
     """
     order = torch.randperm(len(mean), generator=torch.Generator().manual_seed(0))
-    figure = Figure(figsize=(3.2, 2.6), layout="constrained")
+    figure = Figure(figsize=(2.5, 2.6), layout="constrained")
     axes = figure.subplots()
     colours = {"c": labels[order].numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
     axes.scatter(*mean[order].T.numpy(), s=2, lw=0, **colours)
     outline = [withStroke(linewidth=2, foreground="white")]
     for digit in range(10):
         place = mean[labels == digit].median(dim=0).values.tolist()
-        axes.annotate(digit, place, weight="bold", ha="center", va="center", path_effects=outline)
+        axes.annotate(digit, place, size=8, ha="center", va="center", path_effects=outline)
     axes.set(xlabel="$z_1$ (posterior mean)", ylabel="$z_2$ (posterior mean)", aspect="equal")
     runs.save_figure(figure, filename)
 
