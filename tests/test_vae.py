@@ -48,6 +48,24 @@ def test_losses_are_those_of_quadrature_over_the_latent():
         assert term.mean().item() == pytest.approx(integral, abs=bound)
 
 
+def test_gradients_pass_through_the_drawn_latents(float64):
+    """The slope by each mean and log std is that of a small step, with the same noise."""
+    model, x = vae.VAE(hidden_dim=20, z_dim=2), bmnist()[2].images[::2000].double()
+    bias = model.encoder.mean_and_log_std.bias
+
+    def reconstruction(step=0):
+        torch.manual_seed(0)
+        bias.data += step
+        loss = model.losses(x)[0].sum()
+        bias.data -= step
+        return loss
+
+    (slopes,) = torch.autograd.grad(reconstruction(), bias)
+    for step, slope in zip(1e-5 * torch.eye(4), slopes, strict=True):
+        difference = reconstruction(step) - reconstruction(-step)
+        assert difference.item() / 2e-5 == pytest.approx(slope.item(), rel=1e-5)
+
+
 # ------------------------ The model ------------------------
 @torch.no_grad()
 def test_samples_are_binary_draws_from_the_means_of_normal_latents():
