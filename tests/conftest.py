@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
 
     @functools.cache
     def finish(script):
-        folder = tmp_path_factory.mktemp("finished") / "new"
+        folder = tmp_path_factory.mktemp("finished") / "new" / "run"
         of = SimpleNamespace(folder=folder, models=[], written={})
         save, replace, start = runs.save_checkpoint, os.replace, time.perf_counter()
 
