@@ -27,21 +27,19 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = {"seed": 0, "device": "cpu", "resume": False}
-DEFAULTS = {
-    vae: COMMON | {"epochs": 40, "zdim": 20, "binarization": "static", "batch_size": 64,
-                   "lr": 3e-3, "weight_decay": 0.2},
-    gan: COMMON | {"n_epochs": 200, "batch_size": 64, "lr": 2e-4, "latent_dim": 100,
-                   "save_interval": 500, "dropout": 0.3},
-    nf: COMMON | {"epochs": 40, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.3},
-    mixture_flow: COMMON | {"epochs": 40, "n_mix": 16, "batch_size": 64, "lr": 8e-3},
-}  # fmt: skip
+NAMES = {vae: "vae", gan: "gan", nf: "nf", mixture_flow: "nf_mixture"}
 SMALL = {
     vae: {"epochs": 5, "batch_size": 20},
     gan: {"n_epochs": 5, "batch_size": 4, "save_interval": 15},
     nf: {"epochs": 5, "batch_size": 20},
     mixture_flow: {"epochs": 5, "batch_size": 20, "n_mix": 2},
 }
+
+
+def defaults(script):
+    """Returns the default options of a script, with which its committed run was made."""
+    summary = json.loads((ROOT / "results" / NAMES[script] / "summary.json").read_text())
+    return summary["options"] | {"device": "cpu", "resume": False}
 
 
 def few(make):
@@ -67,7 +65,7 @@ def narrow(patch):
 def run(script, folder, **options):
     """Runs the `main` of an imported script on few images; returns what it prints."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        options = DEFAULTS[script] | SMALL[script] | options
+        options = defaults(script) | SMALL[script] | options
         patch.setattr(script, "ARGS", SimpleNamespace(**options, results_dir=folder), raising=False)
         data = "bmnist" if script is vae else "mnist"
         patch.setattr(script, data, few(getattr(script, data)))
