@@ -90,8 +90,8 @@ def generator_loss(fake_logits):
 def average_weights(mean, weight, n):
     """Returns the average of n + 1 states of a weight, given the `mean` of the first n.
 
-    Late states count more: the last fifth has two thirds of the weight (Shamir & Zhang, 2013,
-    eta = 4).
+    Late states count more: two thirds of the average are from the last fifth (Shamir & Zhang,
+    2013, eta = 4).
     """
     return mean + (weight - mean) * 5 / (5 + n)
 
@@ -99,7 +99,7 @@ def average_weights(mean, weight, n):
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
     """Trains both networks in turn (paper, Algorithm 1, k = 1), with the options in ARGS.
 
-    Unlike the template: D before G, the same noise for both, and an average of G's weights.
+    D learns first, as there. Unlike there, both use the same noise, and G's weights are averaged.
 
     Returns the generator with averaged weights and, by name, each epoch's means of V, the
     generator's loss, D(x) and D(G(z)), all as in training, with D's dropout.
@@ -108,7 +108,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
     # (Yazici et al., 2019, arXiv:1806.04498). Samples come from the average, and training never
     # sees it.
     average = AveragedModel(generator, avg_fn=average_weights, use_buffers=True).eval()
-    fixed_z = torch.randn(25, ARGS.latent_dim, device=ARGS.device)  # of all the sample grids
+    fixed_z = torch.randn(25, ARGS.latent_dim, device=ARGS.device)  # for all sample grids
     history = {"value": [], "loss_g": [], "d_real": [], "d_fake": [], "seconds": []}
     parts = {"generator": generator, "discriminator": discriminator, "average": average,
              "optimizer_G": optimizer_G, "optimizer_D": optimizer_D}  # fmt: skip
@@ -131,7 +131,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
 
             # Train Discriminator: max over D of E[log D(x)] + E[log(1 - D(G(z)))]
             # -------------------
-            # One pass for both; with batch normalization in D, real and fake would mix.
+            # One pass for both: D has no batch normalization, which would mix them.
             logits = discriminator.logits(torch.cat([real, fake.detach()]))
             real_logits, fake_logits = logits.chunk(2)
             value = value_function(real_logits, fake_logits)
@@ -146,7 +146,7 @@ def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
             loss_g.backward()
             optimizer_G.step()
 
-            # Average Generator, every tenth batch, which costs nothing
+            # Average Generator, every tenth batch to save time
             # -----------------
             if batches_done % 10 == 0:
                 average.update_parameters(generator)
@@ -205,7 +205,7 @@ def interpolate(z_from, z_to, n_images=9):
     """Returns `n_images` latents on the arc between two latents `[latent_dim]`, ends included.
 
     Spherical (White, 2016, arXiv:1609.04468): normal latents of d dimensions lie near a sphere of
-    radius sqrt(d), and the generator never saw latents inside it.
+    radius sqrt(d), and the generator never saw latents far inside it.
     """
     t = torch.linspace(0, 1, n_images, device=z_from.device)[:, None]
     angle = torch.acos(torch.cosine_similarity(z_from, z_to, dim=0))
@@ -213,7 +213,7 @@ def interpolate(z_from, z_to, n_images=9):
 
 
 def save_training_plot(history, filename):
-    """Plots V and D's mean outputs by epoch, without the first 5%; dashed lines: equilibrium."""
+    """Plots V, and the mean outputs of D, by epoch without the first 5%; dashed: equilibrium."""
     n_epochs = len(history["value"])
     first = n_epochs // 20
     figure = Figure(figsize=(5.5, 2), layout="constrained")
@@ -234,7 +234,7 @@ def main():
     torch.manual_seed(ARGS.seed)
     # Faster matrix products where PyTorch has them: TF32 on GPUs, bfloat16 on CPUs with AMX.
     torch.set_float32_matmul_precision("medium")
-    # The report needs the other images. Full batches only: batch normalization fails on one image.
+    # The report needs the other 10,000. Full batches only: batch normalization fails on one image.
     dataset, _, _ = mnist(batch_size=ARGS.batch_size, n_train=50_000, shift=False, drop_last=True,
                           device=ARGS.device)  # fmt: skip
     generator = Generator(ARGS.latent_dim).to(ARGS.device)

@@ -24,8 +24,8 @@ from datasets.mnist import mnist
 
 N_PIXELS = 28 * 28
 TARGET = 1.85  # bits/dim on validation that the assignment asks for
-# Every gradient of a run is longer (0.29 or more), so this normalizes it. Adam ignores their scale;
-# what changes is that all batches have the same weight in its averages.
+# All gradients of the committed run are longer (0.29 or more) and so are cut to this length. Adam
+# ignores a common scale, but now no batch outweighs others in its averages.
 MAX_GRAD_NORM = 0.01
 
 
@@ -117,7 +117,7 @@ class Flow(nn.Module):
         self.z_shape = shape
 
     def forward(self, z, logdet, reverse=False):
-        """Maps logits of pixels to latents `[batch, 784]`, or back in reverse; returns both."""
+        """Maps logits to latents `[batch, 784]`, or back in reverse; returns `z, logdet`."""
         if not reverse:
             for layer in self.layers:
                 z, logdet = layer(z, logdet)

@@ -35,7 +35,7 @@ def parse(parser, name, **least):
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--results_dir", type=Path, help="if not the one named by the options")
-    parser.add_argument("--resume", action="store_true", help="go on after the last epoch")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = fail  # one line, where argparse would print its usage, too
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def options(args):
 
 
 def write(path, save):
-    """Writes by `save(file)` to a temporary name, then renames: a kill leaves one whole file."""
+    """Writes by `save(file)` to a temporary name, then renames: a kill leaves the old file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,13 +88,13 @@ def save_figure(figure, path):
     """Saves a figure as .png and as .pdf, without a date: equal figures are equal files."""
     for kind in ("png", "pdf"):
         save = partial(figure.savefig, format=kind, metadata={"CreationDate": None})
-        write(path.with_suffix(f".{kind}"), save)
+        write(Path(path).with_suffix(f".{kind}"), save)
 
 
 def check_finite(epoch, *losses):
-    """Ends the run if a loss is not finite; the last checkpoint stays."""
+    """Ends the run if a loss is not finite, before this epoch's checkpoint."""
     if not all(map(math.isfinite, losses)):
-        fail(f"epoch {epoch} ends with losses {losses}; the last checkpoint is kept")
+        fail(f"epoch {epoch} ends with losses {losses}; no new checkpoint is written")
 
 
 def save_checkpoint(args, parts, history):
@@ -128,9 +128,9 @@ def load_checkpoint(args, parts, history):
 
 
 def save_results(args, weights, history, **more):
-    """Writes weights.pt; metrics.csv, one row per epoch; summary.json, the last row and `more`."""
+    """Writes weights.pt; metrics.csv, a row per epoch; summary.json: options, last row, `more`."""
     columns = {"epoch": range(1, len(history["seconds"]) + 1)} | history
-    rows = [columns, *zip(*columns.values(), strict=True)]
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     final = {name: column[-1] for name, column in columns.items()} | more
     summary = {"options": options(args), "threads": torch.get_num_threads(),
@@ -149,4 +149,4 @@ def run(main):
     except DataError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on after the last finished epoch")
+        fail("interrupted; with --resume, training goes on after the last finished epoch")

@@ -39,10 +39,9 @@ def bmnist(root="./data/", batch_size=128, download=True, *, binarization="stati
 
     Args:
         root, download: the template's, without effect, because the data come with the repository.
-        binarization: "static": the images of Larochelle's three files; `images` has them in the
-            files' order. "dynamic": the training images drawn anew whenever they are used, from
-            the grey images that Larochelle's were drawn from (Burda et al., 2016,
-            arXiv:1509.00519); the others static.
+        binarization: "static": the images of Larochelle's three files, in their order. "dynamic":
+            the training images drawn anew whenever they are used, from the grey images that
+            Larochelle's were drawn from (Burda et al., 2016, arXiv:1509.00519); the others static.
 
     The loaders' `labels` are those of the grey images. Raises DataError for a missing or damaged
     file.
@@ -51,9 +50,9 @@ def bmnist(root="./data/", batch_size=128, download=True, *, binarization="stati
     images, rows = load()
     train, val, test = images.to(device).split(SIZES)
     train_labels, val_labels, test_labels = labels[rows].to(device).split(SIZES)
-    kind = BinaryLoader
+    kind = {"static": BinaryLoader, "dynamic": DynamicLoader}[binarization]
     if binarization == "dynamic":
-        kind, train = DynamicLoader, grey[rows[:50_000]].to(device)
+        train = grey[rows[:50_000]].to(device)
     return (
         kind(train, train_labels, batch_size, shuffle=True),
         BinaryLoader(val, val_labels, batch_size),

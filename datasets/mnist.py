@@ -16,7 +16,7 @@ class DataError(Exception):
 
 
 class Loader:
-    """Batches of one split, on the device that holds it; every iteration is an epoch.
+    """Batches of one split, on its images' device; every iteration is an epoch.
 
     Args:
         images: uint8 `[N, 784]`, not to be written to.
@@ -25,7 +25,7 @@ class Loader:
         drop_last: leave out the last batch if it is smaller than `batch_size`.
 
     Yields `(images, labels)`: floats `[batch, 784]` of pixels in 0..255, and int64 `[batch]`.
-    Raises DataError if no batch is left but the one that is dropped.
+    Raises DataError if `drop_last` leaves no batch.
     """
 
     def __init__(self, images, labels, batch_size, shuffle=False, drop_last=False):
@@ -78,7 +78,7 @@ def mnist(
 
     Args:
         root, download: the template's, without effect, because the data come with the repository.
-        n_train: train on the first `n_train` images and validate on the 10,000 after them.
+        n_train: train on the first `n_train` images, 50,000 at most; validate on the next 10,000.
         shift: shift the training images at random (ShiftedLoader).
         drop_last: leave out the last training batch if it is not full.
 

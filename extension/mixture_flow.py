@@ -28,7 +28,7 @@ from datasets.mnist import mnist
 
 # ------------------------------------ Networks ------------------------------------
 class Conv(nn.Linear):
-    """A convolution whose kernels are one matrix `[c_out, size * size * c_in]`, for Muon."""
+    """A convolution whose kernels are one matrix `[c_out, size * size * c_in]`, as Muon needs."""
 
     def __init__(self, size, c_in, c_out):
         super().__init__(size * size * c_in, c_out)
@@ -64,7 +64,7 @@ class ConvNet(nn.Module):
     def forward(self, x):
         """Maps `[batch, c_in, side, side]` to `[batch, c_out, side, side]`."""
         x = self.first(x)
-        x = x + self.position.to(x.dtype)  # otherwise autocast is lost: all sums would be float32
+        x = x + self.position.to(x.dtype)  # otherwise all skip connections would add in float32
         return self.last(self.blocks(x))
 
 

@@ -79,8 +79,8 @@ def finished(tmp_path_factory):
     """`finished(script)` is a small run of five epochs in one go, made once.
 
     It has the `folder`, all that was printed (`out`), the `duration` in seconds, the model after
-    each epoch (`models`; of the GAN the averaged generator), and in the order in which they were
-    `written` the names of the files, each with the precision of matrix products at that time.
+    each epoch (`models`; of the GAN the averaged generator), and the names of the files in the
+    order in which they were `written`, each with the precision of matrix products at that time.
     """
 
     @functools.cache
@@ -160,7 +160,7 @@ def jacobian(function, z):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Draws the same numbers, in float32 products, in any order of the tests."""
+    """Starts each test with the same random numbers, and with full float32 products."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
 

@@ -59,7 +59,7 @@ def test_a_missing_or_damaged_file_is_a_line_about_it(module, tmp_path, monkeypa
     path, flipped = tmp_path / "some.npz", bytearray(module.FILE.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     monkeypatch.setattr(module, "FILE", path)
-    monkeypatch.setattr(module, "load", module.load.__wrapped__)  # which keeps nothing
+    monkeypatch.setattr(module, "load", module.load.__wrapped__)  # without its cache
     for content in (None, b"version https://git-lfs.github.com/spec/v1\n", flipped):
         if content is not None:
             path.write_bytes(content)

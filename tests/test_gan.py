@@ -30,7 +30,7 @@ def test_losses_are_those_of_the_paper_and_finite_at_logits_of_1000():
 
 
 def test_networks_are_the_templates_with_dropout_in_the_discriminator():
-    """Their sizes are those of the committed weights."""
+    """The generator's sizes are those of the committed weights."""
     generator, discriminator = gan.Generator(), gan.Discriminator(0.4).eval()
     layers = [*generator.layers, *discriminator.layers]
     slopes = [layer.negative_slope for layer in layers if isinstance(layer, nn.LeakyReLU)]
@@ -131,7 +131,7 @@ def test_two_digits_are_the_clearest_samples_of_two_digits():
 
 
 def test_grids_show_the_average_from_the_same_noise_and_from_digit_to_digit(finished):
-    """A grid is saved every 15 batches of 60; all numbers but the last are of other weights."""
+    """A grid is saved every 15 of 60 batches, no two alike; the last one is samples_after.png."""
     folder, average = finished(gan).folder, finished(gan).models[-1].module
     grids = [(folder / "progress" / f"{n:06d}.png").read_bytes() for n in (15, 30, 45, 60)]
     assert grids[-1] == (folder / "samples_after.png").read_bytes()
