@@ -99,7 +99,8 @@ def average_weights(mean, weight, n):
 def train(dataloader, discriminator, generator, optimizer_G, optimizer_D):
     """Trains both networks in turn (paper, Algorithm 1, k = 1), with the options in ARGS.
 
-    D learns first, as there. Unlike there, both use the same noise, and G's weights are averaged.
+    Unlike the template, D learns first; unlike the paper, both use the same noise, and an average
+    of G's weights makes the samples.
 
     Returns the generator with averaged weights and, by name, each epoch's means of V, the
     generator's loss, D(x) and D(G(z)), all as in training, with D's dropout.
