@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import functools
 import io
 import json
@@ -36,9 +37,15 @@ SMALL = {
 }
 
 
+def read(folder):
+    """Returns the rows of metrics.csv, by column, as text, and what is in summary.json."""
+    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    return list(rows), json.loads((folder / "summary.json").read_text())
+
+
 def defaults(script):
     """Returns the default options of a script, with which its committed run was made."""
-    summary = json.loads((ROOT / "results" / NAMES[script] / "summary.json").read_text())
+    summary = read(ROOT / "results" / NAMES[script])[1]
     return summary["options"] | {"device": "cpu", "resume": False}
 
 
@@ -143,8 +150,7 @@ def assert_trained_plainly(folder, model, optimizers, rates, data):
     checkpoint = torch.load(folder / "checkpoint.pt")
     assert checkpoint["history"]["train_bpd"] == pytest.approx(train_curve, rel=1e-9)
     assert checkpoint["history"]["val_bpd"] == pytest.approx(val_curve, rel=1e-9)
-    final = json.loads((folder / "summary.json").read_text())["final"]
-    assert final["test_bpd"] == pytest.approx(bits(test), rel=1e-9)
+    assert read(folder)[1]["final"]["test_bpd"] == pytest.approx(bits(test), rel=1e-9)
     torch.testing.assert_close(checkpoint["parts"]["model"], dict(model.state_dict()))
 
 

@@ -1,7 +1,7 @@
 """The GAN: its value function, its two updates and the average, its interpolation and figures."""
 
 import copy
-import json
+import math
 
 import numpy as np
 import pytest
@@ -9,10 +9,11 @@ import scipy.spatial.distance
 import scipy.special
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, few, pictures, run
+from conftest import ROOT, few, pictures, read, run
 from torch import nn
 
 import a3_gan_template as gan
+import runs
 from datasets.mnist import mnist
 
 
@@ -141,5 +142,19 @@ def test_grids_show_the_average_from_the_same_noise_and_from_digit_to_digit(fini
     ends, digits = gan.two_digits(average, few(mnist)(n_train=50_000, shift=False)[0])
     steps = gan.generate(average, gan.interpolate(*ends))
     np.testing.assert_allclose(pictures(folder / "interpolation.png"), steps, atol=0.51 / 255)
-    final = json.loads((folder / "summary.json").read_text())["final"]
+    final = read(folder)[1]["final"]
     assert digits == [final["digit_from"], final["digit_to"]]
+
+
+def test_training_plot_leaves_out_the_first_of_20_epochs(monkeypatch):
+    history, saved = {"value": range(20), "d_real": range(30, 50), "d_fake": range(60, 80)}, []
+    monkeypatch.setattr(runs, "save_figure", lambda figure, path: saved.append(figure))
+    gan.save_training_plot(history, "training.png")
+    left, right = saved[0].axes
+    value, target, d_real, d_fake, d_target = [*left.get_lines(), *right.get_lines()]
+    for line, column in zip((value, d_real, d_fake), history.values(), strict=True):
+        np.testing.assert_array_equal(line.get_data(), (range(2, 21), column[1:]))
+    assert (target.get_ydata()[0], d_target.get_ydata()[0]) == (-math.log(4), 0.5)
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == [r"$D(\mathbf{x})$", r"$D(G(\mathbf{z}))$"]
+    assert (left.get_ylabel(), right.get_ylabel()) == ("$V(D, G)$ (nats)", "mean output of $D$")

@@ -1,13 +1,12 @@
 """The flow: its inverse, log-determinant and density against independent sources, its training."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, assert_trained_plainly, few, jacobian, narrow, pictures, run, zeros
+from conftest import ROOT, assert_trained_plainly, few, jacobian, narrow, pictures, read, run, zeros
 
 import a3_gan_template as gan
 import a3_nf_template as nf
@@ -119,7 +118,7 @@ def test_committed_weights_give_the_committed_test_bits(make, folder):
     model, folder, images = make().eval(), ROOT / "results" / folder, mnist()[2].images
     model.load_state_dict(torch.load(folder / "weights.pt"))
     bits = nf.bits_per_dim(model(images[::50].float()))
-    final = json.loads((folder / "summary.json").read_text())["final"]
+    final = read(folder)[1]["final"]
     assert bits.mean().item() == pytest.approx(final["test_bpd"], abs=0.05)  # of 200 images
 
 

@@ -1,6 +1,5 @@
 """The report: its form, its numbers, its build and the archive."""
 
-import csv
 import json
 import math
 import os
@@ -9,14 +8,13 @@ import shutil
 import statistics
 import subprocess
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, read
 
 from report import macros
 
-ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "report"
 QUESTIONS = [f"{s}.{n}" for s, count in enumerate((15, 7, 8, 1), 1) for n in range(1, count + 1)]
 TYPED = {  # decimals of formulas, of the assignment and our method, and of benchmarks/README.md
@@ -46,10 +44,10 @@ def run(*command, folder, **environment):
     return subprocess.run(command, **options)
 
 
-def macros_of(results, folder):
-    """Returns the macros of results by name; numbers.tex goes into the folder."""
+def macros_of(runs, folder):
+    """Returns the macros of a folder of runs by name; numbers.tex goes into the folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(macros, "RESULTS", results)
+        patch.setattr(macros, "RESULTS", runs)
         patch.chdir(folder)
         macros.main("Doe & Sons_1")
     text = (folder / "numbers.tex").read_text(encoding="utf-8")
@@ -74,15 +72,14 @@ def body():
 def test_numbers_are_those_of_their_run_rounded_by_their_unit(committed):
     """Differences are rounded, not their parts."""
 
-    def read(run):
+    def load(run):
         folder = ROOT / "results" / run
-        files = [json.loads((folder / f"{x}.json").read_text()) for x in ("summary", "measures")]
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        rows, summary = read(folder)
         history = {name: [float(row[name]) for row in rows] for name in rows[0]}
-        return files[0]["final"] | files[1], history
+        return summary["final"] | json.loads((folder / "measures.json").read_text()), history
 
     (vae, curves), (two, _), (gan, game), (nf, bits), (mixture, _) = map(
-        read, ("vae", "vae_zdim2", "gan", "nf", "nf_mixture")
+        load, ("vae", "vae_zdim2", "gan", "nf", "nf_mixture")
     )
     real, shifted = np.array(gan["test_digit_shares"]), np.array(nf["shifted_digit_shares"])
     seconds = statistics.median(bits["seconds"])
@@ -114,15 +111,15 @@ def test_numbers_are_those_of_their_run_rounded_by_their_unit(committed):
 
 
 def test_a_damaged_or_missing_file_and_other_weights_are_one_line(tmp_path):
-    results = shutil.copytree(ROOT / "results", tmp_path / "results")
+    runs = shutil.copytree(ROOT / "results", tmp_path / "results")
     for file, text, message in (
         ("nf/metrics.csv", "epoch\n", "python a3_nf_template.py makes it anew"),
         ("gan/weights.pt", None, "weights.pt is missing; python a3_gan_template.py makes it"),
         ("vae/weights.pt", "new", "others); python report/measure.py results/vae makes it anew"),
     ):  # the later ones are read first
-        (results / file).write_text(text) if text else (results / file).unlink()
+        (runs / file).write_text(text) if text else (runs / file).unlink()
         with pytest.raises(SystemExit, match=rf"^report: .*{re.escape(message)}\Z"):
-            macros_of(results, tmp_path)
+            macros_of(runs, tmp_path)
 
 
 def test_the_report_prints_each_number_that_macros_py_derives_and_no_other(body, committed):

@@ -1,7 +1,5 @@
 """Options, errors, files and resuming, for all scripts; some of runs.py on the VAE alone."""
 
-import csv
-import json
 import os
 import re
 import runpy
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT, SMALL, defaults, gan, mixture_flow, nf, pictures, run, vae
+from conftest import NAMES, ROOT, SMALL, defaults, gan, mixture_flow, nf, pictures, read, run, vae
 
 import runs
 from datasets.mnist import DataError
@@ -42,16 +40,10 @@ def error_of(capsys, function, *args, **kwargs):
     return err
 
 
-def results(folder):
-    """Returns the rows of metrics.csv, by column, as text, and what is in summary.json."""
-    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-    return list(rows), json.loads((folder / "summary.json").read_text())
-
-
 def contents(folder):
     """Returns each file's content, without seconds; of checkpoint.pt only the random state."""
     content = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    rows, summary = results(folder)
+    rows, summary = read(folder)
     for row in (*rows, summary["final"]):
         del row["seconds"]
     random = torch.load(folder / "checkpoint.pt")["random"].tolist()
@@ -142,7 +134,7 @@ def test_every_file_is_written_whole_and_the_results_before_the_last_figures(scr
 @all_scripts
 def test_numbers_are_the_same_in_the_table_the_summary_and_the_printed_lines(script, finished):
     of = finished(script)
-    rows, summary = results(of.folder)
+    rows, summary = read(of.folder)
     printed = re.findall(r"^epoch (\d)/5  (.*)  [\d.]+ s$", of.out, re.MULTILINE)
     for row, (epoch, line) in zip(rows, printed, strict=True):
         shown = dict(re.findall(r"(\w+) ([-\d.]+)", line))
@@ -202,6 +194,9 @@ def test_curves_are_shown_without_the_first_training_value(script, monkeypatch):
     np.testing.assert_array_equal(training.get_data(), ([1, 2, 3], train))
     np.testing.assert_array_equal(validation.get_data(), ([1, 2, 3], val))
     assert [line.get_ydata()[0] for line in axes.get_lines()[2:]] == [1.85] * (script is nf)
+    label = "ELBO (nats)" if script is vae else "bits per dimension"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", label)
+    assert axes.get_legend()
     low, high = axes.get_ylim()
     assert [low < value < high for value in train + val] == [False] + 5 * [True]
 

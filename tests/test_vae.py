@@ -1,6 +1,5 @@
 """The VAE: its loss against SciPy, its bound against quadrature, its training and figures."""
 
-import json
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 import torch
-from conftest import ROOT, few, run
+from conftest import ROOT, few, read, run
 from matplotlib.image import imread
 
 import a3_vae_template as vae
@@ -79,7 +78,7 @@ def test_samples_are_binary_draws_from_the_means_of_normal_latents():
 @pytest.mark.parametrize("folder", ["vae", "vae_dynamic", "vae_zdim2"])
 def test_committed_weights_give_the_committed_test_elbo(folder):
     """Networks, data and loss have not changed since it was measured."""
-    summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
+    _, summary = read(ROOT / "results" / folder)
     model = vae.VAE(z_dim=summary["options"]["zdim"]).eval()
     model.load_state_dict(torch.load(ROOT / "results" / folder / "weights.pt"))
     elbo = vae.epoch_iter(model, bmnist(batch_size=1000)[2], None)
@@ -118,7 +117,7 @@ def test_training_is_that_of_a_plain_loop(binarization, float64, tmp_path):
     history = torch.load(tmp_path / "checkpoint.pt")["history"]
     assert history["train_elbo"] == pytest.approx(train_curve, rel=1e-9)
     assert history["val_elbo"] == pytest.approx(val_curve, rel=1e-9)
-    final = json.loads((tmp_path / "summary.json").read_text())["final"]
+    final = read(tmp_path)[1]["final"]
     assert final["test_elbo"] == pytest.approx(elbo(test), rel=1e-9)
     torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), dict(model.state_dict()))
 
